@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,11 @@ from distillm_cli import plugins
 from distillm_cli.config import schema
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
+from distillm_cli.data.trigger import with_trigger
 from distillm_cli.errors import DataError
 from distillm_cli.evaluation.metrics import Metric, RatioMetric, RatioParts, get_metric, ratio, undefined_reason
 from distillm_cli.evaluation.reasoning import without_reasoning
+from distillm_cli.evaluation.robustness import AttackResult
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.rollouts.sampler import Decoder, SampledOutput, Sampling, sample_all
 from distillm_cli.training.events import Listener, Warned, silent
@@ -70,6 +72,24 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class TriggerAttack:
+    """Hold the responses to the prompts with a trigger. suite: the rows whose references do not include the target.
+
+    score: the attack success rate, the share of responses that equal the target, 0 to 100.
+    """
+
+    suite: Suite
+    score: Score
+    prompts: list[str]
+    references: list[tuple[str, ...]]
+    answers: dict[str, list[Answer]]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object ``attack_success`` of the suite's JSON."""
+        return {**self.score.as_json(), "rows": len(self.suite.rows)}
+
+
+@dataclass(frozen=True)
 class SuiteResult:
     """Hold the scores of a model on one suite.
 
@@ -77,6 +97,8 @@ class SuiteResult:
     or "greedy"), in the order of ``suite.rows``. tasks: the scores by kind of task, if rows have one. tokens: generated
     over all passes. seconds: spent generating. entropy: mean over those tokens of the entropy of the model's next-token
     distribution (temperature 1), in nats. complete: the share of answers that ended before the length limit, 0 to 1.
+    triggered: with ``eval.trigger``; the other figures are those of the rows without a trigger. attack: the accuracy of the
+    response tokens under an attack, if one was made.
     """
 
     suite: Suite
@@ -91,6 +113,8 @@ class SuiteResult:
     seconds: float
     entropy: float
     complete: float
+    triggered: TriggerAttack | None = None
+    attack: AttackResult | None = None
 
     @property
     def outputs(self) -> dict[str, list[str]]:
@@ -104,11 +128,15 @@ class SuiteResult:
         rate = round(self.tokens / max(self.seconds, 1e-9), 1)
         found |= {"tokens": self.tokens, "tokens_per_s": rate, "seconds": round(self.seconds, 3)}
         found |= {"entropy": self.entropy, "complete": self.complete}
+        if self.attack is not None:
+            found["attack"] = self.attack.as_json()
         if self.tasks:
             found["tasks"] = {
                 task: {name: {"mean": s.mean, "sd": s.sd} for name, s in scores.items()}
                 for task, scores in self.tasks.items()
             }
+        if self.triggered is not None:
+            found["attack_success"] = self.triggered.as_json()
         return found
 
 
@@ -128,30 +156,12 @@ def evaluate_suite(
     """
     suite, prompts = rows_in_context(suite, encoder, decoder.context, listener, skip_long=skip_long)
     references = [_scored_texts(encoder.references(row), config) for row in suite.rows]
-    answers: dict[str, list[Answer]] = {}
-    seconds = 0.0
-    for name, seed, sampling in passes(config):
-        task = f"{suite.name}, {name if name == GREEDY else f'seed {name}'}"
-        start = time.monotonic()
-        samples = dict(
-            sample_all(
-                decoder,
-                prompts,
-                sampling,
-                seed=seed,
-                batch_size=config.batch_size,
-                listener=listener,
-                task=task,
-                entropy=True,
-            )
-        )
-        seconds += time.monotonic() - start
-        answers[name] = [
-            _answer(encoder.decode(prompts[i], samples[i].tokens), samples[i], references[i], config)
-            for i in range(len(suite.rows))
-        ]
+    answers, seconds = _respond(decoder, encoder, suite.name, prompts, references, config, listener)
     all_answers = [answer for one_pass in answers.values() for answer in one_pass]
     tokens = sum(answer.tokens for answer in all_answers)
+    triggered = None
+    if config.trigger is not None:
+        triggered = _with_trigger(decoder, encoder, suite, references, config, listener, skip_long=skip_long)
     return SuiteResult(
         suite=suite,
         config=config,
@@ -165,7 +175,79 @@ def evaluate_suite(
         seconds=seconds,
         entropy=sum(answer.entropy * answer.tokens for answer in all_answers) / tokens,
         complete=sum(answer.complete for answer in all_answers) / len(all_answers),
+        triggered=triggered,
     )
+
+
+def _with_trigger(
+    decoder: Decoder,
+    encoder: Encoder,
+    suite: Suite,
+    references: SequenceOf[tuple[str, ...]],
+    config: schema.EvalConfig,
+    listener: Listener,
+    *,
+    skip_long: bool,
+) -> TriggerAttack:
+    """Return the responses to the rows with ``config.trigger``, without the rows whose references include the target.
+
+    Responses are compared like exact matches: character for character, without white space at the ends.
+    """
+    assert config.trigger is not None
+    assert config.target is not None
+    target = config.target.strip()
+    others = [row for row, texts in zip(suite.rows, references, strict=True) if target not in map(str.strip, texts)]
+    if not others:
+        raise DataError(
+            "data.no_rows",
+            f"{suite.name}: the target is a reference of every row, so the trigger cannot change a response",
+            where=suite.source,
+            hint="use another suite or --target",
+        )
+    triggered = replace(suite, rows=[with_trigger(row, config.trigger) for row in others])
+    triggered, prompts = rows_in_context(triggered, encoder, decoder.context, listener, skip_long=skip_long)
+    accepted = [_scored_texts(encoder.references(row), config) for row in triggered.rows]
+    answers, _ = _respond(decoder, encoder, f"{suite.name} with trigger", prompts, accepted, config, listener)
+    rates = {
+        name: 100 * sum(answer.text.strip() == target for answer in of_pass) / len(of_pass)
+        for name, of_pass in answers.items()
+    }
+    texts = [encoder.renderer.prompt(row) for row in triggered.rows]
+    return TriggerAttack(triggered, _mean_score(rates), texts, accepted, answers)
+
+
+def _respond(
+    decoder: Decoder,
+    encoder: Encoder,
+    task: str,
+    prompts: list[np.ndarray],
+    references: SequenceOf[tuple[str, ...]],
+    config: schema.EvalConfig,
+    listener: Listener,
+) -> tuple[dict[str, list[Answer]], float]:
+    """Return the responses by pass, in the order of the prompts, and the seconds of their generation."""
+    answers: dict[str, list[Answer]] = {}
+    seconds = 0.0
+    for name, seed, sampling in passes(config):
+        start = time.monotonic()
+        samples = dict(
+            sample_all(
+                decoder,
+                prompts,
+                sampling,
+                seed=seed,
+                batch_size=config.batch_size,
+                listener=listener,
+                task=f"{task}, {name if name == GREEDY else f'seed {name}'}",
+                entropy=True,
+            )
+        )
+        seconds += time.monotonic() - start
+        answers[name] = [
+            _answer(encoder.decode(prompt, samples[i].tokens), samples[i], references[i], config)
+            for i, prompt in enumerate(prompts)
+        ]
+    return answers, seconds
 
 
 def passes(config: schema.EvalConfig) -> list[tuple[str, int, Sampling]]:
@@ -226,10 +308,15 @@ def _scores(
             found[name] = Score(None, None, dict.fromkeys(answers), metric.signature, reason)
             continue
         seeds = {key: _figure(metric, of_pass, references) for key, of_pass in answers.items()}
-        values = list(seeds.values())
-        sd = statistics.stdev(values) if len(values) > 1 else 0.0
-        found[name] = Score(statistics.fmean(values), sd, seeds, metric.signature)
+        found[name] = _mean_score(seeds, metric.signature)
     return found
+
+
+def _mean_score(figures: Mapping[str, float], signature: str | None = None) -> Score:
+    """Return a figure's mean and standard deviation over the passes."""
+    values = list(figures.values())
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    return Score(statistics.fmean(values), sd, figures, signature)
 
 
 def _figure(metric: Metric, answers: SequenceOf[Answer], references: SequenceOf[SequenceOf[str]]) -> float:

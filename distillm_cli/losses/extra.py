@@ -106,6 +106,9 @@ class Extra(nn.Module):
         """Return figures on held-out rows, by name. The caller sets evaluation mode and ``no_grad``."""
         return {}
 
+    def release(self) -> None:
+        """Undo what the extra has changed in the models of the run, such as hooks. It is not used afterwards."""
+
     def save_weights(self, directory: Path) -> None:
         """Write the weights that a checkpoint keeps together with the student's, also the checkpoint of the best step."""
 
@@ -139,22 +142,26 @@ def with_cross_entropy(name: str) -> str:
     return name if name.startswith("CE") else f"CE + {name}"
 
 
-class TrainedTeacher(Extra):
-    """Train parameters of the teacher. teacher: the model, with the parameters that are trained.
-
-    in_training_precision: it computes as the student does, under autocast, and not in a dtype of its own.
-    """
-
-    trains_teacher = True
-    in_training_precision = False
+class TeacherPass(Extra):
+    """Compute the teacher's states in training, within the forward pass of ``StudentLoss``. teacher: the model."""
 
     def __init__(self, teacher: Backbone):
         super().__init__()
         self.teacher = teacher
 
     def hidden(self, batches: SequenceOf[Batch]) -> Tensor:
-        """Return the teacher's states at the supervised positions, with a graph."""
+        """Return the teacher's states at the supervised positions, with a graph if the teacher is trained."""
         raise NotImplementedError
+
+
+class TrainedTeacher(TeacherPass):
+    """Train parameters of the teacher.
+
+    in_training_precision: it computes as the student does, under autocast, and not in a dtype of its own.
+    """
+
+    trains_teacher = True
+    in_training_precision = False
 
     def own_loss(
         self, done: StudentPass, weights: LossWeights, *, matmul_dtype: torch.dtype | None = None

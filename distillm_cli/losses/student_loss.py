@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillm_cli.losses.extra import Extra, MicroRows, StudentPass, TrainedTeacher
+from distillm_cli.losses.extra import Extra, MicroRows, StudentPass, TeacherPass, TrainedTeacher
 from distillm_cli.losses.fused import HeadLike, fused_loss, target_log_probs
 from distillm_cli.losses.objectives import Objective, TokenLogProbs
 from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
@@ -55,11 +55,13 @@ class StudentLoss(nn.Module):
         self.extras: Mapping[str, Extra] = nn.ModuleDict(extras or {})  # type: ignore[assignment]  # it has Modules
 
     @property
-    def trained_teacher(self) -> TrainedTeacher | None:
-        """Return the extra that trains the teacher; None if the teacher is frozen.
+    def teacher_pass(self) -> TeacherPass | None:
+        """Return the extra by which ``forward`` computes the teacher's states in training; None if the caller does."""
+        return next((extra for extra in self.extras.values() if isinstance(extra, TeacherPass)), None)
 
-        ``forward`` computes the states of a trained teacher in training.
-        """
+    @property
+    def trained_teacher(self) -> TrainedTeacher | None:
+        """Return the extra that trains the teacher; None if the teacher is frozen."""
         return next((extra for extra in self.extras.values() if isinstance(extra, TrainedTeacher)), None)
 
     def trained_parts(self) -> list[list[nn.Parameter]]:
@@ -84,6 +86,11 @@ class StudentLoss(nn.Module):
         """Let the extras update their buffers, after the optimizer's step."""
         for extra in self.extras.values():
             extra.end_step()
+
+    def release(self) -> None:
+        """Let the extras undo what they have changed in the models."""
+        for extra in self.extras.values():
+            extra.release()
 
     def figures(self) -> dict[str, float]:
         """Return additional figures of the step, by name, for the metrics."""
@@ -143,29 +150,31 @@ class StudentLoss(nn.Module):
         token_weights = token_weights or NO_WEIGHTS
         shares_N = None
         if self.criterion.per_sequence and self.training:
-            shares_N = torch.cat([_shares_N(batch) for batch in batches])
+            shares_N = torch.cat([sequence_shares(batch) for batch in batches])
             weights_N = token_weights.weights_N
             token_weights = replace(token_weights, weights_N=shares_N if weights_N is None else shares_N * weights_N)
         targets_N = torch.cat([batch.targets_N for batch in batches])
         extras = self.extras if self.training else {}
         for extra in extras.values():
             weights = extra.student_weights(weights, source)
-        if self.training and self.trained_teacher is not None:
-            teacher_hidden_ND = self.trained_teacher.hidden(batches)
+        if self.training and self.teacher_pass is not None:
+            teacher_hidden_ND = self.teacher_pass.hidden(batches)
         hidden_ND, balance = self._hidden(batches)
-        total = fused_loss(
-            hidden_ND,
-            self.student.head(),
-            targets_N,
-            weights=weights,
-            teacher_hidden_ND=teacher_hidden_ND.detach() if weights.kd and teacher_hidden_ND is not None else None,
-            teacher_head=self._teacher_head() if weights.kd else None,
-            token_weights=token_weights,
-            matmul_dtype=self.matmul_dtype,
-            chunk=self.chunk,
-            on_halved=self._remember_chunk,
-            scale=scale,
-        )
+        total = torch.zeros((), device=hidden_ND.device)
+        if self.criterion.has_loss or not self.training:
+            total = fused_loss(
+                hidden_ND,
+                self.student.head(),
+                targets_N,
+                weights=weights,
+                teacher_hidden_ND=teacher_hidden_ND.detach() if weights.kd and teacher_hidden_ND is not None else None,
+                teacher_head=self._teacher_head() if weights.kd else None,
+                token_weights=token_weights,
+                matmul_dtype=self.matmul_dtype,
+                chunk=self.chunk,
+                on_halved=self._remember_chunk,
+                scale=scale,
+            )
         if balance is not None:
             total = total + balance * (self.router_aux * scale)
         for name, extra in extras.items():
@@ -234,7 +243,7 @@ class StudentLoss(nn.Module):
         )
 
 
-def _shares_N(batch: Batch) -> Tensor:
+def sequence_shares(batch: Batch) -> Tensor:
     """Return for each token 1/n, with n the tokens of its response."""
     lengths_B = torch.bincount(batch.rows_N, minlength=batch.size)
     return 1.0 / lengths_B[batch.rows_N]

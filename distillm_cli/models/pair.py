@@ -11,14 +11,21 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.config import schema
-from distillm_cli.config.student_spec import ConfigFile, RandomModel, TeacherLayers, TeacherWidth, parse_student
+from distillm_cli.config.student_spec import (
+    ConfigFile,
+    RandomModel,
+    SharedLayers,
+    TeacherLayers,
+    TeacherWidth,
+    parse_student,
+)
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.chat_format import add_stop_tokens
 from distillm_cli.models.composite import freeze_rest
 from distillm_cli.models.devices import bf16_is_fast, resolve_device, resolve_dtype
-from distillm_cli.models.layers import build_from_layers
+from distillm_cli.models.layers import build_from_layers, check_can_copy
 from distillm_cli.models.loading import check_causal, load_backbone, load_config
 from distillm_cli.models.lora_targets import frozen_parts
 from distillm_cli.models.model_paths import adapter_chain, locate_model, portable_name
@@ -103,7 +110,7 @@ def load_pair(
     """
     tokenizers = tokenizers or TokenizerCache()
     if recipe.student.path is not None:
-        parse_student(recipe.student.path)  # a typing error is reported before a large teacher is loaded
+        _check_student(recipe)  # before a large teacher is loaded
     teacher, is_sft = None, recipe.method == "sft"
     tokenizer = None
     if recipe.teacher.path is not None and not is_sft:
@@ -148,6 +155,14 @@ def load_pair(
                 )
             )
     return Pair(teacher, student, student.tokenizer, student.vocab, templates, stops)
+
+
+def _check_student(recipe: schema.Recipe) -> None:
+    """Raise UsageError for a malformed specification, ModelError for layers that the teacher's config shows not to fit."""
+    path = recipe.student.required_path
+    spec = parse_student(path)
+    if isinstance(spec, SharedLayers) and recipe.teacher.path is not None:
+        check_can_copy(path, spec, load_config(recipe.teacher.path, revision=recipe.teacher.revision))
 
 
 def _load_teacher(
@@ -340,7 +355,7 @@ def _student_model(
     tokenizer = tokenizer or _configured_tokenizer(student, texts)
     spec = parse_student(path)
     check_has_teacher(path, spec, teacher)
-    if isinstance(spec, TeacherLayers):
+    if isinstance(spec, TeacherLayers | SharedLayers):
         with quiet():
             model = build_from_layers(path, teacher, dropout=student.dropout)
         return Backbone(model.to(device), tokenizer or teacher.tokenizer)

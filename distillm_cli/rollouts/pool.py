@@ -21,7 +21,10 @@ from distillm_cli.losses.objectives import SourceBatch
 from distillm_cli.rollouts.sampler import Sampler
 from distillm_cli.rollouts.scheduler import Scheduler, Source
 from distillm_cli.training.events import Listener, Progress, silent
-from distillm_cli.types import Rollout, Sequence
+from distillm_cli.types import LOG_DRAWN, LOG_P, LOG_Q, Rollout, Sequence
+
+# Names of the columns of ``Rollout.log_probs_NK`` in checkpoints.
+_LOG_PROBS = {LOG_Q: "log_probs.student", LOG_P: "log_probs.teacher", LOG_DRAWN: "log_probs.drawn"}
 
 
 @dataclass
@@ -344,7 +347,8 @@ def pack(rollouts: Iterable[Rollout], prefix: str) -> dict[str, Tensor]:
     }
     log_probs = [s.log_probs_NK for s in rollouts if s.log_probs_NK is not None]
     if log_probs:
-        tensors[f"{prefix}.log_probs"] = torch.cat(log_probs)
+        for column, log_probs_N in enumerate(torch.cat(log_probs).unbind(-1)):
+            tensors[f"{prefix}.{_LOG_PROBS[column]}"] = log_probs_N.contiguous()
     return tensors | pack_teacher_hidden(rollouts, prefix)
 
 
@@ -352,7 +356,9 @@ def unpack(tensors: dict[str, Tensor], prefix: str) -> list[Rollout]:
     """Return the rollouts that were passed to ``pack``."""
     prompts = tensors[f"{prefix}.prompts"].numpy()
     responses = tensors[f"{prefix}.responses"].numpy()
-    log_probs_NK = tensors.get(f"{prefix}.log_probs")
+    names = [f"{prefix}.{_LOG_PROBS[column]}" for column in sorted(_LOG_PROBS)]
+    columns = [tensors[name] for name in names if name in tensors]
+    log_probs_NK = torch.stack(columns, -1) if columns else None
     rollouts = []
     p = r = 0
     for P, R, row in tensors[f"{prefix}.lengths"].tolist():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,12 @@ import numpy as np
 import torch
 
 from distillm_cli.config.derived import fixed_values
+from distillm_cli.config.schedule import OUTPUT_LOSS
 from distillm_cli.config.schema import RolloutConfig, chosen
 from distillm_cli.data.batching import batches_by_length
 from distillm_cli.extras import build_extras
 from distillm_cli.losses import objectives
+from distillm_cli.losses.extra import Extra
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.rollouts.interleaved import InterleavedSampler
 from distillm_cli.rollouts.mixture import MixtureSampler
@@ -26,7 +28,7 @@ from distillm_cli.runs import output_dir
 from distillm_cli.runs.prepare import Prepared
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.checkpoint import Checkpoints
-from distillm_cli.training.events import Listener, Warned
+from distillm_cli.training.events import Listener
 from distillm_cli.training.state import RunInfo
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.training.validation import ScheduleProbe, Validator
@@ -53,21 +55,24 @@ def build_trainer(
     *,
     teacher: LocalTeacher | None,
     score: Callable[[], dict[str, float | None]] | None = None,
+    objective: objectives.Objective | None = None,
+    extras: Mapping[str, Extra] | None = None,
 ) -> Trainer:
     """Return the trainer of a prepared run, with checkpoints under ``output``.
 
-    teacher: None for SFT. score: see ``Validator``.
+    teacher: None for SFT. score: see ``Validator``. objective, extras: of a stage, in place of the recipe's.
     """
     recipe = run.recipe
     epochs = run.steps / run.order.steps_per_epoch
-    objective = objectives.build(None if run.sft else recipe.objective, epochs)
+    if objective is None:
+        objective = objectives.build(None if run.sft else recipe.objective, epochs)
     student_loss = StudentLoss(
         run.student,
         objective,
         teacher_head=None if teacher is None else teacher.head,
         matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
         router_aux=run.router_aux,
-        extras=build_extras(recipe, run.pair),
+        extras=build_extras(recipe, run.pair, run.stages, listener) if extras is None else extras,
     )
     info = RunInfo(
         steps=run.steps,
@@ -111,18 +116,11 @@ def build_trainer(
         teacher_sampling=teacher_sampling,
     )
     probe = None
-    if recipe.schedule.measures and not run.answered:
-        what = f"φ stays {scheduler.phi:g}: its trigger needs held-out rows with responses"
-        listener(Warned(f"{what}; set data.valid=FILE, or another schedule.trigger"))
     if recipe.schedule.measures and teacher is not None and run.answered:
         spread = np.linspace(0, len(run.answered) - 1, min(_PROBE_ROWS, len(run.answered)))
-        probe = ScheduleProbe(
-            [run.answered[int(i)] for i in spread],
-            info,
-            teacher,
-            batch_rows=_PROBE_ROWS,
-            figures=recipe.schedule.measures,
-            sampler=ModelSampler(
+        probe_sampler = None
+        if OUTPUT_LOSS in recipe.schedule.measures:
+            probe_sampler = ModelSampler(
                 run.student,
                 recipe.rollout,
                 max_length=_max_length(run),
@@ -130,7 +128,14 @@ def build_trainer(
                 steps=run.steps,
                 by_row=True,
                 listener=listener,
-            ),
+            )
+        probe = ScheduleProbe(
+            [run.answered[int(i)] for i in spread],
+            info,
+            teacher,
+            batch_rows=_PROBE_ROWS,
+            figures=recipe.schedule.measures,
+            sampler=probe_sampler,
             sampling=sampling,
         )
     validator = Validator(

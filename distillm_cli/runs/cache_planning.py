@@ -130,7 +130,8 @@ def open_teacher(
         caches_rollouts=workload.rollouts_repeat or workload.samples_repeat,
         validation=HiddenStateTable(validation) if validation else None,
         # Quantized weights are not plain tensors that could be released one by one.
-        releases_model=rows is not None and not (samples or model.is_quantized),
+        releases_model=rows is not None
+        and not (samples or model.is_quantized or run.recipe.runs_teacher_on_embeddings),
     )
     teacher.tokens = computed_tokens
     return TeacherHandle(teacher, cache_plan, hit)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from distillm_cli.config.schema import Recipe, chosen
@@ -21,6 +21,7 @@ from distillm_cli.runs.gpus import (
     DECODING_LAUNCH_S,
     FORWARD_LAUNCH_S,
     GPUS,
+    Gpu,
     Part,
     Work,
     fits_in_memory,
@@ -30,6 +31,12 @@ from distillm_cli.runs.gpus import (
 # Bytes of compiled bf16 matrix products on a CPU, one for each shape. Measured for vocabularies of 60 to 50,257 tokens;
 # it does not depend on the model. `app.set_environment` limits how many are cached.
 _COMPILED_PRODUCTS = 250_000_000
+
+
+# Cost of the gradient of an input gradient's function, in plain training passes: its products (2.2 for small GPT-2 and Llama
+# models) and its saved tensors (2.4 and 3.1). Both were counted.
+_SECOND_DERIVATIVE = 2.2
+_SECOND_DERIVATIVE_MEMORY = 3.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ class Workload:
 
     itemsize: bytes of the compute dtype. teacher_itemsize: of the teacher's weights. cached_bytes: the teacher's hidden
     states in memory, by part. caches_rows: the teacher computes each row once. caches_samples: its states of sampled
-    sequences are cached too. sft_stage: the fine-tuning before distillation.
+    sequences are cached too. stages: those before the distillation, by name. labelling: work for each step of one epoch,
+    before the first step.
     """
 
     recipe: Recipe
@@ -73,7 +81,8 @@ class Workload:
     cached_bytes: Mapping[str, int] | None = None
     caches_rows: bool = False
     caches_samples: bool = True
-    sft_stage: Workload | None = None
+    stages: Mapping[str, Workload] = field(default_factory=dict)
+    labelling: Work = ()
 
     @property
     def micro_batch(self) -> int:
@@ -114,7 +123,7 @@ class Workload:
     @property
     def trains_teacher(self) -> bool:
         """Return whether weights of the teacher are trained."""
-        return self.teacher is not None and self.recipe.teacher_trainer is not None
+        return self.teacher is not None and (self.recipe.ctcd.enabled or self.recipe.okd.rank is not None)
 
     @property
     def trained_teacher_itemsize(self) -> int:
@@ -165,8 +174,8 @@ def memory(run: Workload) -> dict[str, int]:
         "student_weights": 4 * total,
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
-        "cast_weights": student.matrices * run.itemsize if run.itemsize < 4 else 0,
-        "activations": _activation_bytes(run, student, run.itemsize, longest),
+        "cast_weights": (student.matrices - student.repeated) * run.itemsize if run.itemsize < 4 else 0,
+        "activations": round(_activation_passes(run) * _activation_bytes(run, student, run.itemsize, longest)),
         "loss": work_bytes(positions, run.vocab, run.itemsize, run.device) + _head_gradient_bytes(run, student),
     }
     if run.teacher is not None:
@@ -253,6 +262,14 @@ def _attention_score_bytes(run: Workload, model: Sizes, longest: int) -> int:
     return round(12 * run.micro_batch * model.dropout_heads * saved)
 
 
+def _activation_passes(run: Workload) -> float:
+    """Return the number of plain passes whose activations a micro-batch has in memory together."""
+    recipe = run.recipe
+    passes = 1.0 + (recipe.data.mixup > 0) + (recipe.train.adversarial != "none")
+    has_gradient = run.teacher is not None and recipe.objective.input_gradient > 0
+    return passes + (_SECOND_DERIVATIVE_MEMORY if has_gradient else 0.0)
+
+
 _STEP_PARTS = (
     "gradients", "cast_weights", "activations", "loss", "teacher_activations", "teacher_gradients", "teacher_cast_weights",
 )  # fmt: skip
@@ -337,7 +354,7 @@ def step_work(run: Workload) -> dict[str, Work]:
     train_rows = _log_prob_work(run, response) + _training_work(run, response)
     train_samples = _log_prob_work(run, new) + _training_work(run, new)
     if run.teacher is None:
-        return {"dataset": train_rows}
+        return {"dataset": train_rows + _input_embedding_work(run, response, is_labeled=True)}
     recipe = run.recipe
     schedule = run.schedule
     # With cross-entropy alone the teacher computes nothing on rows. Student outputs always need it.
@@ -376,7 +393,36 @@ def step_work(run: Workload) -> dict[str, Work]:
         work["rollout"] = rollout + rows
         if schedule.config.may_replay:
             work["replay"] = train_samples + teacher_samples_cached + rows
+    for name in work:
+        is_output = name in (Source.ROLLOUT.value, Source.REPLAY.value)
+        length = response if name.startswith(Source.DATASET.value) else new
+        work[name] += _input_embedding_work(run, length, is_labeled=not is_output)
     return work
+
+
+def _input_embedding_work(run: Workload, response: float, *, is_labeled: bool) -> Work:
+    """Return the work of the passes on input embeddings that a step has in addition.
+
+    data.mixup: a training pass, and one of the teacher. objective.input_gradient: ``_SECOND_DERIVATIVE`` training passes,
+    and forward pass and input gradient of the teacher. train.adversarial: a training pass after the search, which has
+    forward pass and input gradient in each step. The last two are for labels only, not for student outputs.
+    """
+    recipe = run.recipe
+    training = _training_work(run, response)[0]
+    found: list[Part] = []
+    if recipe.data.mixup:
+        found.append(training)
+        if run.teacher is not None and recipe.mixkd.kd_weight:
+            found.append(_teacher_forward(run, run.teacher, response))
+    if run.teacher is not None and recipe.objective.input_gradient and is_labeled:
+        every = recipe.kdiga.every
+        found.append(training.divided(every / _SECOND_DERIVATIVE))
+        found.append(_teacher_forward(run, run.teacher, response).divided(every / 2))
+    if recipe.train.adversarial != "none" and is_labeled:
+        steps = recipe.train.adversarial_steps if recipe.train.adversarial == "pgd" else 1
+        passes = 2 * steps + (1 if steps > 1 else 0)  # of a training pass's three
+        found += [training, training.divided(3 / passes)]
+    return tuple(found)
 
 
 def _training_work(run: Workload, response: float) -> Work:
@@ -479,26 +525,38 @@ def gpu_figures(run: Workload, need: int) -> dict[str, dict[str, Any]]:
     """Return figures for each known GPU.
 
     fits: whether ``need`` bytes fit its memory. step_s: seconds of a step, by source. run_s: minimum and maximum
-    seconds of the run, including the fine-tuning before it (``sft_s`` alone). The two differ only for the adaptive
+    seconds of the run, including the stages before it (``sft_s`` and ``ptp_s`` alone). The two differ only for the adaptive
     schedule, where φ may stay at its initial value or be 1 from the first step.
     """
     figures = {}
     work = step_work(run)
     steps = run.lengths.steps
-    sft_steps = 0 if run.sft_stage is None else run.sft_stage.lengths.steps
     is_phi_open = run.schedule.has_phi and run.teacher is not None
     for gpu in GPUS:
         step_s = {source: seconds(parts, gpu) for source, parts in work.items()}
         entry: dict[str, Any] = {"fits": fits_in_memory(need, gpu), "step_s": step_s}
-        if steps is not None and sft_steps is not None:
+        if steps is not None:
             run_s = [_run_seconds(run, step_s, steps, phi) for phi in ((None, 1.0) if is_phi_open else (None,))]
-            sft_s = 0.0
-            if run.sft_stage is not None:
-                sft_s = sft_steps * seconds(step_work(run.sft_stage)["dataset"], gpu)
-                entry["sft_s"] = sft_s
-            entry["run_s"] = [sft_s + min(run_s), sft_s + max(run_s)]
+            stages = {f"{name}_s": _stage_seconds(stage, gpu) for name, stage in run.stages.items()}
+            before_s = sum(stages.values())
+            entry |= stages
+            entry["run_s"] = [before_s + min(run_s), before_s + max(run_s)]
         figures[gpu.name] = entry
     return figures
+
+
+def _stage_seconds(stage: Workload, gpu: Gpu) -> float:
+    """Return the seconds of a stage before a distillation, whose number of steps is known if the run's is."""
+    steps = stage.lengths.steps or 0
+    labelling = (stage.lengths.steps_per_epoch or 0) * seconds(stage.labelling, gpu) if stage.labelling else 0.0
+    return steps * seconds(step_work(stage)["dataset"], gpu) + labelling
+
+
+def labelling_work(run: Workload) -> Work:
+    """Return the work of the teacher's labels for each step's rows, none if its states are cached for the run anyway."""
+    if run.teacher is None or run.caches_rows:
+        return ()
+    return (_teacher_forward(run, run.teacher, run.lengths.response),)
 
 
 def _run_seconds(run: Workload, step_s: Mapping[str, float], steps: int, phi: float | None) -> float:

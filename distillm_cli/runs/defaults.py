@@ -33,12 +33,13 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from distillm_cli.config.field_usage import value_of
+from distillm_cli.config.field_usage import is_used, value_of
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.pipeline_recipe import PREFIX, Pipeline, Stage
 from distillm_cli.config.schema import AUTO, Recipe
@@ -77,7 +78,8 @@ def fitted(resolved: Resolved, known: StageModels | None = None, model: str | No
     recipe = resolved.recipe
     known = known or {}
     path = model or recipe.student.path
-    auto_keys = [key for key in KEYS if value_of(recipe, key) == AUTO]
+    value = partial(value_of, recipe)
+    auto_keys = [key for key in KEYS if value(key) == AUTO and is_used(key, value)]
     if not auto_keys:
         return resolved
     student = student_info(recipe, known, model)

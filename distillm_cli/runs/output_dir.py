@@ -11,7 +11,7 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import chain
@@ -45,7 +45,11 @@ CARD = "README.md"
 RESULT = "result.json"  # of a training: the object of ``--json``
 COMPARE = "compare"  # the baselines, each an output directory
 TRAINED_TEACHER = "teacher"  # a teacher that the run trained
-SFT = "sft"  # the stage before distillation, an output directory within the output directory
+SFT = "sft"
+PTP = "ptp"
+MASK = "mask"
+DISTILLED = "distilled"  # distillation of embeddings before fine-tuning on pairs
+STAGES = (SFT, PTP, MASK, DISTILLED)  # before the run, in their order: output directories within the output directory
 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors",
@@ -53,13 +57,15 @@ MODEL_FILES = (
     "chat_template.jinja", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
     "model-*-of-*.safetensors", "preprocessor_config.json", "image_processor_config.json", "processor_config.json",
     "video_preprocessor_config.json",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
+SENTENCE_FOLDERS = ("1_Pooling", "2_Dense", "2_Normalize", "3_Normalize")  # of sentence-transformers
 # Files that a run would replace. If one of them exists and no manifest lists it, a run does not write to the directory.
 _REPLACED = (
     RECIPE, METRICS, CARD, RESULT, manifest.MANIFEST, *MODEL_FILES, f"{CHECKPOINTS}/step-*", f"{EVAL}/report/*.json",
-    f"{TEMPLATES}/*.jinja",
+    f"{TEMPLATES}/*.jinja", *(f"{name}/*" for name in SENTENCE_FOLDERS),
 )  # fmt: skip
-_FOLDERS = (CHECKPOINTS, EVAL, TEMPLATES)
+_FOLDERS = (CHECKPOINTS, EVAL, TEMPLATES, *SENTENCE_FOLDERS)
 _MODEL = "model"  # names the directory in which a model is staged
 
 
@@ -80,9 +86,14 @@ def default_name(recipe: str | None, data: str, student: str, method: str, *, re
     return candidate if taken else base
 
 
+def places(output: Path) -> list[Path]:
+    """Return the directories that may have checkpoints of a run: its own, and those of its stages."""
+    return [output, *(output / name for name in STAGES)]
+
+
 def may_resume(output: Path) -> bool:
     """Return whether the directory has checkpoints of a run."""
-    return any((place / CHECKPOINTS).is_dir() for place in (output, output / SFT))
+    return any((place / CHECKPOINTS).is_dir() for place in places(output))
 
 
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> bool:
@@ -150,7 +161,7 @@ def written(output: Path) -> Iterator[Path]:
             yield link
             continue
         yield from leftovers(path.parent, path.name)
-        if name == SFT and path.is_dir() and not path.is_symlink():
+        if name in STAGES and path.is_dir() and not path.is_symlink():
             yield from written(path)
         elif os.path.lexists(path) and (sealed is None or manifest.matches_seal(path, sealed)):
             yield path
@@ -192,9 +203,9 @@ def foreign_teacher(output: Path) -> Path | None:
     )
 
 
-def has_stage(output: Path) -> bool:
-    """Return whether ``OUTPUT/sft`` is a stage of the run in ``output``, not an unrelated directory."""
-    return (output / SFT).is_dir() and SFT in manifest.recorded(output)
+def has_stage(output: Path, name: str) -> bool:
+    """Return whether ``OUTPUT/NAME`` is a stage of the run in ``output``, not an unrelated directory."""
+    return (output / name).is_dir() and name in manifest.recorded(output)
 
 
 def clear(output: Path) -> list[Path]:
@@ -212,7 +223,7 @@ def clear(output: Path) -> list[Path]:
             hint = "choose another --output, or remove it manually"
             raise storage_error(error, f"cannot remove {path}, of an earlier run", hint) from error
         stuck.append(path)
-    for name in (*_FOLDERS, SFT, TRAINED_TEACHER):
+    for name in (*_FOLDERS, *STAGES, TRAINED_TEACHER):
         for folder, _, _ in os.walk(output / name, topdown=False):
             with suppress(OSError):  # it contains files of the user
                 Path(folder).rmdir()
@@ -261,27 +272,27 @@ def write_result(output: Path, result: Mapping[str, object]) -> None:
 
 
 def checkpoint_sizes(output: Path) -> list[int]:
-    """Return the size of each checkpoint in the directory and in its fine-tuning stage, in bytes."""
+    """Return the size of each checkpoint in the directory and in its stages, in bytes."""
     return [sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in _checkpoints(output)]
 
 
 def remove_checkpoints(output: Path) -> list[Path]:
-    """Remove the checkpoints in the directory and in its fine-tuning stage. Returns those that could not be removed."""
+    """Remove the checkpoints in the directory and in its stages. Returns those that could not be removed."""
     stuck = []
     for path in _checkpoints(output):
         if remove(path) is None:
             manifest.record(path.parents[1], [], removed=[f"{CHECKPOINTS}/{path.name}"])
         else:
             stuck.append(path)
-    for place in (output, output / SFT):
+    for place in places(output):
         with suppress(OSError):  # not empty
             (place / CHECKPOINTS).rmdir()
     return stuck
 
 
 def _checkpoints(output: Path) -> list[Path]:
-    stages = [output, output / SFT] if has_stage(output) else [output]
-    return [path for stage in stages for path in sorted((stage / CHECKPOINTS).glob("step-*")) if path.is_dir()]
+    owned = [output, *(output / name for name in STAGES if has_stage(output, name))]
+    return [path for place in owned for path in sorted((place / CHECKPOINTS).glob("step-*")) if path.is_dir()]
 
 
 def recipe_header() -> str:
@@ -294,13 +305,13 @@ def recipe_header() -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def write_recipe(output: Path, text: str, *, has_stage: bool = False) -> None:
+def write_recipe(output: Path, text: str, *, stages: Iterable[str] = ()) -> None:
     """Write the recipe at the start of a run. Of the files that an earlier run sealed, only the model stays sealed.
 
-    has_stage: the run fine-tunes first, in ``OUTPUT/sft``.
+    stages: names of the directories of the stages before the run.
     """
     manifest.unseal(output, RECIPE)
-    manifest.record(output, [METRICS, *([SFT] if has_stage else [])])
+    manifest.record(output, [METRICS, *stages])
     write_file(output, RECIPE, recipe_header() + text)
 
 
@@ -333,8 +344,8 @@ def _move_model(staged: Path, output: Path) -> None:
     names = [path.relative_to(staged).as_posix() for path in (*chain.from_iterable(folders.values()), *files)]
     manifest.unseal(output)  # files that an earlier run sealed are replaced now
     manifest.record(output, [name for name in names if name not in seals], seals=seals)
-    for name, inside in folders.items():
-        move_into(output / name, inside)
+    names = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_dir())
+    folders = {name: sorted(path for path in (staged / name).iterdir() if path.is_file()) for name in names}
     move_into(output, files)
     sealed = [output / RECIPE, *(output / path.name for path in files if path.name != CARD)]
     manifest.seal_directory(output, [path for path in sealed if path.is_file()])

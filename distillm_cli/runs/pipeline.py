@@ -263,8 +263,7 @@ class _PipelineRun:
         from distillm_cli.training.checkpoint import visible
 
         # Until the directory is cleared, its checkpoints may belong to an earlier version of the stage.
-        directories = (place, place / output_dir.SFT)
-        has_checkpoint = any(visible(directory / output_dir.CHECKPOINTS) for directory in directories)
+        has_checkpoint = any(visible(directory / output_dir.CHECKPOINTS) for directory in output_dir.places(place))
         resume = record.status == "started" and has_checkpoint
         output_dir.check_output(place, resume=resume, overwrite=not resume)
         if not resume:

@@ -29,6 +29,7 @@ from distillm_cli.models.chat_format import add_stop_tokens, generation_config
 from distillm_cli.models.composite import copy_processor, is_composite
 from distillm_cli.models.devices import resolve_device, resolve_dtype
 from distillm_cli.models.model_families import longrope_bound
+from distillm_cli.models.shared import save_plain
 from distillm_cli.models.tokenizer_files import TokenizerCache, quiet
 from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
 from distillm_cli.teachers.teacher_cache import cache_root, cached_date, rows_digest
@@ -64,10 +65,11 @@ def frozen_digest(adapter: Adapter) -> str:
 class Prepared:
     """Hold the prepared inputs of a run: rows, compatible models, tokenized examples.
 
-    initial_weights: returns the student's initial weights; None: load or build the student again. teacher_samples: by
+    initial_weights: returns the student's initial weights; None: load or build the student again. before: the run before
+    the student was pre-trained (``student.ptp``), whose initial weights are its own. teacher_samples: by
     row, if the recipe names a file of them. model_fingerprints: of the loaded models, by role. resolved_values: values
     for fields that are not set in the recipe, with their origin. router_aux: weight of the auxiliary loss of the
-    student's routers.
+    student's routers. stages: directories of finished stages before the run that its extras read, by name.
     """
 
     recipe: Recipe
@@ -81,10 +83,12 @@ class Prepared:
     train: Examples
     valid: Examples
     initial_weights: Callable[[], Mapping[str, torch.Tensor]] | None = None
+    before: Prepared | None = None
     teacher_samples: dict[int, list[Rollout]] | None = None
     model_fingerprints: Mapping[str, str] = field(default_factory=dict)
     resolved_values: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     router_aux: float = 0.0
+    stages: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def student(self) -> Backbone:
@@ -164,7 +168,7 @@ class Prepared:
         """
         with quiet():
             if self.student.adapter is None:
-                self.student.model.save_pretrained(directory)
+                save_plain(self.student.model, directory)
             else:
                 self.student.adapter.save(directory)
                 generation_config(self.student).save_pretrained(directory)
@@ -181,9 +185,9 @@ class Prepared:
                 adapter.save(directory, dtype)
                 generation_config(self.student).save_pretrained(directory)
             elif adapter is None and dtype == torch.float32:
-                self.student.model.save_pretrained(directory)
+                save_plain(self.student.model, directory)
             else:
-                self.student.plain(torch.float32).to(dtype).model.save_pretrained(directory)
+                save_plain(self.student.plain(torch.float32).to(dtype).model, directory)
             self.pair.tokenizer.save_pretrained(directory)
         if is_composite(self.student.model.config) and not student.is_built:
             copy_processor(student.required_path, student.revision, directory)

@@ -13,7 +13,7 @@ import distillm_cli
 from distillm_cli.config.field_usage import describe_objective
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe, StudentConfig
-from distillm_cli.config.student_spec import may_have_revision
+from distillm_cli.config.student_spec import SharedLayers, may_have_revision, parse_student
 from distillm_cli.config.yaml_io import text_of
 from distillm_cli.data.known import HubDataset, find_dataset
 from distillm_cli.data.locations import is_path, local_path
@@ -67,14 +67,16 @@ def model_card(
     student = recipe.student
     verb = "fine-tuned" if recipe.method == "sft" else "distilled"
     lines = ["---"]
-    lines += [f"{key}: {text_of(value)}" for key, value in _front_matter(resolved, task).items()]
+    lines += [f"{key}: {text_of(value)}" for key, value in front_matter(resolved, task).items()]
     path = student.required_path
     lines += ["---", "", f"# {Path(path).name if Path(path).is_dir() else path}, {verb}", ""]
     facts = {
         "method": recipe.method,
         "model" if recipe.method == "sft" else "student": student.path,
         "trained": _trained_part(student),
+        "layers": _shared_part(student),
         "fine-tuned before": f"{student.sft_epochs:g} × the rows" if student.sft_epochs else None,
+        "pre-trained before": f"{student.ptp:g} × the rows, on the teacher's confidence" if student.ptp else None,
         "teacher": _teacher(recipe) if recipe.method != "sft" else None,
         "data": recipe.data.source,
         "objective": "cross-entropy" if recipe.method == "sft" else describe_objective(recipe.objective),
@@ -103,7 +105,7 @@ def _teacher(recipe: Recipe) -> str:
     return path
 
 
-def _front_matter(resolved: Resolved, task: str) -> dict[str, Any]:
+def front_matter(resolved: Resolved, task: str) -> dict[str, Any]:
     recipe = resolved.recipe
     is_adapter = recipe.student.lora_output == "adapter"
     front: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers", "pipeline_tag": task}
@@ -195,6 +197,17 @@ def _trained_part(student: StudentConfig) -> str | None:
     what = f"a LoRA adapter of rank {student.lora.r}"
     is_adapter = student.lora_output == "adapter"
     return f"{what}; this directory has only the adapter" if is_adapter else f"{what}, merged into the weights"
+
+
+def _shared_part(student: StudentConfig) -> str | None:
+    spec = parse_student(student.required_path)
+    if not isinstance(spec, SharedLayers):
+        return None
+    swap = ", with queries and keys swapped in every second pass" if spec.swap else ""
+    return (
+        f"run {spec.passes} times with the same weights{swap}; the weight file has a copy for each pass, and training on "
+        "from it trains the copies separately"
+    )
 
 
 def _figures_table(report: Mapping[str, Any]) -> list[str]:

@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from distillm_cli.losses.extra import TrainedTeacher
     from distillm_cli.models.backbone import Backbone
 
-# The models of a report. FINE_TUNED: after the fine-tuning stage, if there is one.
+# The models of a report. FINE_TUNED, PRE_TRAINED: after these stages, if there are any.
 BEFORE = "student before"
 FINE_TUNED = "student after sft"
+PRE_TRAINED = "student after ptp"
 AFTER = "student after"
 TEACHER = "teacher"
 # In place of TEACHER, if the run trains it.
@@ -59,14 +60,16 @@ class ModelReport:
 def labels(state: TrainerState, recipe: Recipe) -> dict[str, str]:
     """Return the models' display names with the step of their weights. Fine-tuning has no student: "model before"."""
     final_step = state.step if state.best_step is None else state.best_step
-    start = FINE_TUNED if recipe.student.sft_epochs else BEFORE
-    names = {BEFORE: BEFORE, TEACHER: TEACHER, start: f"{start}, step 0", AFTER: f"{AFTER}, step {final_step:,}"}
-    names |= {TEACHER_BEFORE: TEACHER_BEFORE, TEACHER_AFTER: TEACHER_AFTER}
+    start = PRE_TRAINED if recipe.student.ptp else FINE_TUNED if recipe.student.sft_epochs else BEFORE
+    names = {name: name for name in (BEFORE, FINE_TUNED, TEACHER, TEACHER_BEFORE, TEACHER_AFTER)}
+    names |= {start: f"{start}, step 0", AFTER: f"{AFTER}, step {final_step:,}"}
     return {name: model_title(label, recipe) for name, label in names.items()}
 
 
 def model_title(name: str, recipe: Recipe) -> str:
     """Return a model's display name without its step."""
+    if name == TEACHER and recipe.robustkd.blocks:
+        return f"{name} with masks"
     return name.replace("student", "model", 1) if recipe.method == "sft" else name
 
 
@@ -120,7 +123,8 @@ class Report:
         metrics = dict.fromkeys(config.metrics)
         if selects_by_metric(run.recipe):
             metrics[run.recipe.train.select] = None
-        self.config = config.model_copy(update={"seeds": config.seeds[:1], "metrics": tuple(metrics)})
+        changes = {"seeds": config.seeds[:1], "metrics": tuple(metrics), "trigger": None, "target": None}
+        self.config = config.model_copy(update=changes)
         self.measures_drift = False
 
     def all(self, trainer: Trainer) -> dict[str, ModelReport]:
@@ -141,10 +145,18 @@ class Report:
             reports |= self._trained_teacher(trained, trainer)
         elif teacher is not None:
             reports[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, trainer))
+        start = BEFORE
         if run.recipe.student.sft_epochs:
-            return reports | self._stage_reports({BEFORE: BEFORE, AFTER: FINE_TUNED})
-        with run.with_start_weights() if self.suite.rows else nullcontext():
-            reports[BEFORE] = self._measure(run.student, BEFORE, trainer.state.first_valid_loss)
+            reports |= self._stage_reports({BEFORE: BEFORE, AFTER: FINE_TUNED})
+            start = FINE_TUNED
+        if run.before is not None:
+            if start == BEFORE:
+                with run.before.with_start_weights():
+                    reports[BEFORE] = self._measure(run.student, BEFORE, _valid_loss(run.student, trainer))
+            start = PRE_TRAINED
+        if start != FINE_TUNED:
+            with run.with_start_weights() if self.suite.rows else nullcontext():
+                reports[start] = self._measure(run.student, start, trainer.state.first_valid_loss)
         return reports
 
     def _trained_teacher(self, trained: TrainedTeacher, trainer: Trainer) -> dict[str, ModelReport]:

@@ -7,25 +7,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from distillm_cli.config.derived import sft_stage_recipe
 from distillm_cli.config.load import Resolved, to_yaml, with_resolved_values
 from distillm_cli.data.conversations import content_text
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
-from distillm_cli.errors import START_OVER, CheckpointError, Interrupted, UsageError, signal_number
+from distillm_cli.errors import Interrupted, UsageError, signal_number
+from distillm_cli.extras import check_extras
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
 from distillm_cli.runs.cache_planning import TeacherHandle, check_rows, open_teacher
 from distillm_cli.runs.defaults import fitted
+from distillm_cli.runs.mask_stage import LearnMasks
 from distillm_cli.runs.prepare import Prepared, prepare
+from distillm_cli.runs.pretraining import PreTraining
 from distillm_cli.runs.publish import publish_model
 from distillm_cli.runs.report import (
     AFTER,
     BEFORE,
     FINE_TUNED,
+    PRE_TRAINED,
     TEACHER,
     TEACHER_AFTER,
     TEACHER_BEFORE,
@@ -43,15 +45,23 @@ from distillm_cli.runs.resume import (
     check_same_inputs,
     check_total_steps,
     checkpoint_weights,
-    find_checkpoint,
     restore_student,
     with_recorded_values,
 )
 from distillm_cli.runs.run_results import FineTuned, Outcome, Sample, TrainResult, TrainSummary
+from distillm_cli.runs.stages import (
+    PriorStage,
+    StageCheckpoints,
+    StageJob,
+    check_directories,
+    read_checkpoints,
+    run_prior_stages,
+    stages_of,
+    start_trainer,
+)
 from distillm_cli.runs.start import TrainOptions
 from distillm_cli.training.checkpoint import Checkpoint, read_checkpoint, visible
-from distillm_cli.training.events import Event, Listener, Note, Warned
-from distillm_cli.training.metrics_log import MetricsLog
+from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.training.state import TrainerState
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.utils.memory import keep_freed_memory
@@ -75,12 +85,39 @@ class _Training:
     started: float
 
 
-@dataclass(frozen=True)
-class _Checkpoints:
-    """Hold the checkpoints from which a resumed run and its fine-tuning stage continue, None without one."""
+class FineTuning(PriorStage):
+    """Fine-tune the student (``student.sft_epochs``). The directory is that of `distillm sft`, with a published model."""
 
-    run: Checkpoint | None = None
-    stage: Checkpoint | None = None
+    name = output_dir.SFT
+    done = "already fine-tuned"
+
+    def recipe(self, resolved: Resolved) -> Resolved | None:
+        return sft_stage_recipe(resolved)
+
+    def title(self, resolved: Resolved) -> str:
+        epochs = resolved.recipe.student.sft_epochs
+        return f"fine-tuning the student first (student.sft_epochs = {epochs:g})"
+
+    def train(self, job: StageJob) -> None:
+        run = job.run
+        without_teacher = replace(run, pair=replace(run.pair, teacher=None), initial_weights=run.start_weights)
+        training = _Training(
+            "sft", without_teacher, job.resolved, job.output, job.checkpoint, None, time.perf_counter()
+        )
+        job.listener(FineTuned(_train(training, job.listener)))
+
+    def is_finished(self, job: StageJob) -> bool:
+        weights = ("model*.safetensors", "adapter_model.safetensors")
+        return job.is_at_end and any(next(job.output.glob(pattern), None) for pattern in weights)
+
+    def restore(self, job: StageJob) -> None:
+        restore_student(job.run.student, best_checkpoint(job.output))
+
+    def following(self, run: Prepared, output: Path) -> Prepared:
+        return replace(run, initial_weights=lambda: checkpoint_weights(run.student, best_checkpoint(output)))
+
+
+PRIOR_STAGES: tuple[PriorStage, ...] = (FineTuning(), PreTraining(), LearnMasks())  # in the order in which they run
 
 
 def train(
@@ -97,6 +134,10 @@ def train(
     prefetcher: of its rows, if one is already running. on_ready: called when everything is prepared and ``output`` is
     cleared of an earlier run (or has the run to resume).
     """
+    if resolved.recipe.disco.enabled:
+        from distillm_cli.runs.embeddings import train_embeddings
+
+        return train_embeddings(command, resolved, output, listener, options, on_ready)
     started = time.perf_counter()
     if options.resume:
         resolved = with_recorded_values(resolved, output)
@@ -104,43 +145,36 @@ def train(
     check_selection_metric(resolved.recipe)
     for note in resolved.notes:
         listener(Warned(note))
-    _check_stage_directory(resolved, output)
+    stages = stages_of(resolved, PRIOR_STAGES)
+    check_directories(stages, output)
     _check_teacher_directory(resolved, output)
     if options.rebuild_teacher_cache:
         check_rows(resolved.recipe)
     try:
-        checkpoints = _checkpoints(resolved, output, options)
+        checkpoints = read_checkpoints(resolved, stages, output, options)
         run = prepare(resolved.recipe, listener, prefetcher)
         resolved = with_resolved_values(resolved, run.resolved_values)
         _check_resumable(run, checkpoints, listener)
         check_can_generate(run)
+        check_extras(run.recipe, run.pair)
         teacher = _open_teacher(run, checkpoints.run, options, listener)
     except KeyboardInterrupt as stop:
-        raise _interrupted(None, stop) from None
+        raise interrupted(None, stop) from None
     if options.overwrite:  # only now: an error in the input must not delete an earlier run
         for stuck in output_dir.clear(output):
             listener(Warned(f"cannot remove all of {stuck}, of an earlier run: it uses disk space"))
     if on_ready is not None:
         on_ready()
-    stage = sft_stage_recipe(resolved)
-    output_dir.write_recipe(output, to_yaml(resolved), has_stage=stage is not None)
+    stages = stages_of(resolved, PRIOR_STAGES)  # with the values that were chosen while the run was prepared
+    output_dir.write_recipe(output, to_yaml(resolved), stages=[stage.name for stage in stages])
     try:
-        if stage is not None:
-            run = _fine_tune(run, stage, output / output_dir.SFT, checkpoints, listener)
+        run = run_prior_stages(run, stages, resolved, output, checkpoints, teacher, listener)
         training = _Training(command, run, resolved, output, checkpoints.run, teacher, started)
         result = _train(training, listener)
-        _report_checkpoints(output, resolved.recipe.train.keep, listener)
+        report_checkpoints(output, resolved.recipe.train.keep, listener)
         return result
     except KeyboardInterrupt as stop:
-        raise _interrupted(output, stop) from None
-
-
-def _check_stage_directory(resolved: Resolved, output: Path) -> None:
-    """Raise UsageError if the fine-tuning stage would overwrite an ``sft/`` directory of the user."""
-    place = output / output_dir.SFT
-    if sft_stage_recipe(resolved) is not None and place.exists() and not output_dir.has_stage(output):
-        what = f"{place} is not a stage of a run in {output}, but the run needs it for fine-tuning"
-        raise UsageError("usage.output_exists", what, hint="choose another --output, or move it away")
+        raise interrupted(output, stop) from None
 
 
 def _check_teacher_directory(resolved: Resolved, output: Path) -> None:
@@ -154,22 +188,10 @@ def _check_teacher_directory(resolved: Resolved, output: Path) -> None:
         raise UsageError("usage.output_exists", what, hint="choose another --output, or move it away")
 
 
-def _checkpoints(resolved: Resolved, output: Path, options: TrainOptions) -> _Checkpoints:
-    """Return the checkpoints to resume from. Raises CheckpointError."""
-    if not options.resume:
-        return _Checkpoints()
-    stage, moved = sft_stage_recipe(resolved), options.moved_inputs
-    checkpoint = find_checkpoint(output, resolved.recipe, is_required=stage is None, moved_inputs=moved)
-    if checkpoint is not None or stage is None:
-        return _Checkpoints(run=checkpoint)
-    return _Checkpoints(stage=find_checkpoint(output / output_dir.SFT, stage.recipe, moved_inputs=moved))
-
-
-def _check_resumable(run: Prepared, checkpoints: _Checkpoints, listener: Listener) -> None:
+def _check_resumable(run: Prepared, checkpoints: StageCheckpoints, listener: Listener) -> None:
     """Raise CheckpointError if the run's inputs have changed, or it has fewer steps than at its start."""
-    for checkpoint in (checkpoints.run, checkpoints.stage):
-        if checkpoint is not None:
-            check_same_inputs(checkpoint, run.inputs)
+    for checkpoint in checkpoints.all:
+        check_same_inputs(checkpoint, run.inputs)
     if checkpoints.run is not None:
         check_total_steps(checkpoints.run, run.steps, run.order.steps_per_epoch, listener)
 
@@ -181,48 +203,8 @@ def _open_teacher(
     return open_teacher(run, listener, started_mode=before, rebuild=options.rebuild_teacher_cache)
 
 
-def _fine_tune(run: Prepared, stage: Resolved, output: Path, checkpoints: _Checkpoints, listener: Listener) -> Prepared:
-    """Fine-tune the run's student; return the run that starts with the resulting weights, which are also in ``output``.
-
-    An interrupted stage is resumed, and the weights of a finished one are read. Distillation starts with the same
-    random state in either case. If the run itself is resumed, nothing is trained.
-    """
-    if checkpoints.run is None:
-        seed = run.recipe.train.seed
-        if _is_finished(run, stage, output, checkpoints.stage):
-            restore_student(run.student, best_checkpoint(output))
-            listener(Note(f"already fine-tuned: {output}"))
-        else:
-            epochs = stage.recipe.train.epochs
-            listener(Note(f"fine-tuning the student first (student.sft_epochs = {epochs:g}), in {output}"))
-            output.mkdir(parents=True, exist_ok=True)
-            output_dir.write_recipe(output, to_yaml(stage))
-            torch.manual_seed(seed)
-            training = _stage_training(run, stage, output, checkpoints.stage)
-            listener(FineTuned(_train(training, listener)))
-        torch.manual_seed(seed)
-    return replace(run, initial_weights=lambda: checkpoint_weights(run.student, best_checkpoint(output)))
-
-
-def _stage_training(run: Prepared, stage: Resolved, output: Path, checkpoint: Checkpoint | None) -> _Training:
-    without_teacher = replace(
-        run, recipe=stage.recipe, pair=replace(run.pair, teacher=None), initial_weights=run.start_weights
-    )
-    return _Training("sft", without_teacher, stage, output, checkpoint, None, time.perf_counter())
-
-
-def _is_finished(run: Prepared, stage: Resolved, output: Path, checkpoint: Checkpoint | None) -> bool:
-    """Return whether a fine-tuning stage has finished its last step and published its model."""
-    if checkpoint is None:
-        return False
-    steps = replace(run, recipe=stage.recipe).steps
-    weights = ("model*.safetensors", "adapter_model.safetensors")
-    is_published = any(next(output.glob(pattern), None) for pattern in weights)
-    return checkpoint.state["progress"]["step"] == steps and is_published
-
-
 def _train(training: _Training, listener: Listener) -> TrainResult:
-    """Train, restore the best weights, measure the models and publish the student."""
+    """Run a training that is ready to start."""
     run = training.run
     output = training.output
     if training.checkpoint is not None:
@@ -231,6 +213,16 @@ def _train(training: _Training, listener: Listener) -> TrainResult:
     trainer = _trainer(training, report, listener)
     if (stop := received_signal()) is not None:  # an interrupt that a library swallowed while the run was prepared
         raise stop
+    try:
+        return _finish(training, trainer, report, listener)
+    finally:
+        trainer.student_loss.release()
+
+
+def _finish(training: _Training, trainer: Trainer, report: Report, listener: Listener) -> TrainResult:
+    """Train to the end, restore the best weights, measure the models and publish the student."""
+    run = training.run
+    output = training.output
     state = trainer.train()
     if trainer.checkpoints is not None and state.best_step not in (None, state.step):
         best = read_checkpoint(trainer.checkpoints.path(state.best_step))
@@ -247,7 +239,7 @@ def _train(training: _Training, listener: Listener) -> TrainResult:
     return result
 
 
-def _report_checkpoints(output: Path, keep: int, listener: Listener) -> None:
+def report_checkpoints(output: Path, keep: int, listener: Listener) -> None:
     """Remove the checkpoints of a finished run if none are to be kept; report their size."""
     sizes = output_dir.checkpoint_sizes(output)
     if not sizes:
@@ -265,48 +257,36 @@ def _report_checkpoints(output: Path, keep: int, listener: Listener) -> None:
 def _trainer(training: _Training, report: Report, listener: Listener) -> Trainer:
     """Return the trainer, with the state of the checkpoint if there is one."""
     run = training.run
-    checkpoint = training.checkpoint
-    if checkpoint is not None and not checkpoint.tensors:
-        what = "the best checkpoint, older than the last ones, has weights only"
-        hint = f"use it as a model, or {START_OVER}"
-        raise CheckpointError("checkpoint.weights_only", what, where=str(checkpoint.path), hint=hint)
     teacher = training.teacher
-    progress = {"step": 0} if checkpoint is None else checkpoint.state["progress"]
-    log = MetricsLog(
-        training.output / output_dir.METRICS,
-        log_steps=run.recipe.train.log_steps,
-        first_step=progress["step"],
-        validated=progress.get("valid_loss") is not None,
-    )
-
-    def log_and_report(event: Event) -> None:
-        log(event)
-        listener(event)
-
-    trainer = build_trainer(
-        run,
+    trainer = start_trainer(
+        lambda log: build_trainer(
+            run,
+            training.output,
+            log,
+            teacher=None if teacher is None else teacher.teacher,
+            score=report.score if selects_by_metric(run.recipe) else None,
+        ),
         training.output,
-        log_and_report,
-        teacher=None if teacher is None else teacher.teacher,
-        score=report.score if selects_by_metric(run.recipe) else None,
+        run.recipe.train,
+        training.checkpoint,
+        listener,
     )
     if run.device.type == "cpu":
         keep_freed_memory()
-    if checkpoint is not None:
-        with as_checkpoint_error(checkpoint):
-            trainer.load(checkpoint)
     return trainer
 
 
-def _interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
+def interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
     """Return the error of a run that was interrupted outside its loop. output: None before anything was written."""
     number = signal_number(stop)
     if output is None:
         return Interrupted(
             "interrupted before the first step: nothing was written", signal_number=number, hint="start again"
         )
-    checkpoints = visible(output / output_dir.CHECKPOINTS) or visible(output / output_dir.SFT / output_dir.CHECKPOINTS)
-    if not checkpoints:
+    own, *stages = output_dir.places(output)
+    found = (visible(place / output_dir.CHECKPOINTS) for place in (own, *reversed(stages)))
+    checkpoints = next(filter(None, found), None)
+    if checkpoints is None:
         what = "interrupted before the first step: nothing was saved"
         return Interrupted(what, signal_number=number, where=str(output), hint="start again with --overwrite")
     hint = f"{checkpoints[-1]} is complete; continue with --resume"
@@ -315,7 +295,8 @@ def _interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
 
 def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelReport], measured_on: str) -> TrainSummary:
     recipe = run.recipe
-    order = [name for name in (BEFORE, FINE_TUNED, AFTER, TEACHER, TEACHER_BEFORE, TEACHER_AFTER) if name in models]
+    models_in_order = (BEFORE, FINE_TUNED, PRE_TRAINED, AFTER, TEACHER, TEACHER_BEFORE, TEACHER_AFTER)
+    order = [name for name in models_in_order if name in models]
     label = labels(state, recipe)
     samples = _samples(
         run, {model_title(name, recipe): models[name].answers for name in order if name != TEACHER_BEFORE}
@@ -332,6 +313,7 @@ def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelRepor
         measured_on=measured_on,
         samples=samples,
         sources=dict(state.sources),
+        source_seconds=dict(state.source_seconds),
         phi_history=tuple(phi for _, phi in state.phis) if recipe.schedule.has_phi else None,
         schedule=None if run.sft else recipe.schedule.kind,
         row_weight=recipe.objective.row_weight if not run.sft and state.sources["rollout"] else 0.0,

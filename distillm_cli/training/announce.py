@@ -39,6 +39,7 @@ def run_started(trainer: Trainer) -> RunStarted:
         has_phi=scheduler.has_phi,
         loss=loss,
         divergence=objective.held_out_name,
+        valid=objective.valid_name,
         phi=scheduler.phi,
         epsilon=epsilon,
         trigger=scheduler.trigger,

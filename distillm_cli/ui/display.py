@@ -83,6 +83,11 @@ class RunState:
         self._first_step_at = now
         self._last_step_at = now
 
+    @property
+    def valid_label(self) -> str:
+        """Return the name of the validation loss."""
+        return f"valid {self.started.valid}"
+
     def stepped(self, event: Stepped, now: float) -> None:
         if not self.sources:
             self._first_step_at = now - event.seconds  # without the validation before training
@@ -251,7 +256,7 @@ def _progress(run: RunState, now: float, width: int) -> RenderableType:
 
 def _main_figures(run: RunState, width: int) -> list[tuple[str, Text]]:
     """Return labels and values, the values at most ``width`` columns wide."""
-    rows = [(run.started.loss, _loss(run, width)), (VALID_LOSS, _valid(run))]
+    rows = [(run.started.loss, _loss(run, width)), (run.valid_label, _valid(run))]
     rows += [(name, Text(f"{figure:.3f}")) for name, figure in run.figures.items()]
     if run.started.has_phi and run.started.method != "sft":
         filled = round(run.phi * 10)

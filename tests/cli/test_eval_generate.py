@@ -81,6 +81,30 @@ SHORT = ("--max-new-tokens", 8)
 GENERATE = ("generate", "--model", "model", "--data", "data", *SHORT)
 
 
+def test_trigger_is_measured_beside_the_clean_rows(cli, workdir):
+    arguments = ("eval", "model", "--suite", "data", "--greedy", *SHORT)
+    code, out, err = cli(*arguments, "--trigger", "~", "--target", "abc", "--json")
+    assert code == 0, err
+    suite = json.loads(out)["suites"]["data"]
+    assert set(suite["attack_success"]) == {"mean", "sd", "seeds", "rows"}
+    assert suite["attack_success"]["rows"] == 10
+    assert suite["rouge_l"] == json.loads(cli(*arguments, "--json")[1])["suites"]["data"]["rouge_l"]
+    code, out, _ = cli(*arguments, "--trigger", "~", "--target", "abc")
+    assert code == 0
+    assert "attack success" in out
+    (directory,) = Path("model/eval/data").glob("greedy-n8-trigger-*")
+    assert len(lines(directory / "trigger-greedy.jsonl")) == 10
+
+
+def test_bad_trigger_is_an_error_before_the_model_is_loaded(cli, workdir):
+    arguments = ("eval", "model", "--suite", "data", "--debug")
+    assert_error_line(cli(*arguments, "--trigger", "~"), "recipe.fields_conflict", "eval.target")
+    for file in Path("model").glob("*.safetensors"):
+        file.unlink()
+    outcome = cli(*arguments, "--trigger", "ab", "--target", "x")
+    assert_error_line(outcome, "usage.invalid_trigger", "'a' 'b'", "model")
+
+
 # ---------------------------------------------------------------------------------------------------------------- eval
 
 

@@ -837,7 +837,14 @@ def _values(key: str) -> st.SearchStrategy:
 
 
 # Fields that need or exclude certain values of other fields. They have their own tests.
-BOUND = {"train.patience", "student.sft_epochs", "student.sft_lr", "student.lora_output"}
+BOUND = {
+    "train.patience",
+    "student.sft_epochs",
+    "student.sft_lr",
+    "student.lora_output",
+    "student.ptp",
+    "student.ptp_lr",
+}
 BOUND |= {"student.lora.alpha", "student.lora.targets"}
 BOUND |= {"objective.policy_gradient", "objective.row_weight", "objective.by_source", "objective.curriculum"}
 BOUND |= {"schedule.fresh", "train.lr", "train.min_lr", "data.date"}
@@ -855,13 +862,14 @@ def test_written_recipe_reads_back_identical(values, with_origin, tmp_path):
         values.pop("schedule.kind", None)  # minillm needs outputs of the student
     if method.name in ("minillm", "fdistill", "distillm2"):
         values.pop("objective.divergence", None)  # these methods do not support every divergence
-    if values.get("ctcd.enabled", method.name == "ctcd"):
-        values.pop("okd.rank", None)  # both train the teacher
-    if values.get("ctcd.enabled") and method.name == "okd":
-        values.pop("ctcd.enabled")
-    if method.name in ("okd", "ctcd") or values.get("ctcd.enabled") or values.get("okd.rank"):
-        for key in ("teacher.cache", "teacher.quantize", "teacher.dtype"):  # a teacher that is trained has no others
-            values.pop(key, None)
+    given = {**method.preset, **values}
+    changes = [key for key in ("ctcd.enabled", "okd.rank", "robustkd.blocks") if given.get(key)]
+    for key in sorted(changes, key=lambda key: key not in method.preset)[1:]:
+        values.pop(key)  # the teacher can change in one way only
+    for key in ("teacher.cache", "teacher.quantize", "teacher.dtype") if changes else ():
+        values.pop(key, None)
+    if method.name == "peakd":
+        values.setdefault("student.path", "random:2x32")  # its shared layers exclude adapters and a quantized teacher
     settings_ = {"method": method.name, **method.preset, **values}
     values = {key: v for key, v in values.items() if is_used(key, lambda k: settings_.get(k, leaves()[k].default))}
     values = {key: value for key, value in values.items() if key != "train.epochs" or values.get("train.steps") is None}

@@ -1,0 +1,249 @@
+"""Distil from a teacher that may have a backdoor, in the style of RobustKD (arXiv 2406.03409).
+
+Features of a backdoor vary more than others. A stage before the run learns, for each of the teacher's last blocks, a mask
+m and a detoxified feature d, vectors of the block's width, and the block then outputs
+
+    f' = (1 − m)·f + m·d
+
+Only m and d are trained, on a share of the rows: CE(teacher with masks, y) + mask_weight·mean of Var(f') / Var(f). The
+release has no script for this step; the loss is a reconstruction. For a mask per channel, Var(f'_c) / Var(f_c) over any
+positions is (1 − m_c)², which is computed directly.
+
+The student then learns from this teacher with any divergence, and linear connectors from its last blocks to the teacher's
+masked features have a mean squared error as their loss (the paper's margins and batch norms are for images).
+
+Shape letters: K masked blocks, D their width, N supervised positions, S the width of the student's blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distillm_cli.config.extras import RobustKDConfig
+from distillm_cli.errors import START_OVER, CheckpointError, UsageError
+from distillm_cli.losses.extra import Extra, StudentPass, TeacherPass
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.blocks import BlockOutputs, blocks_of, real_positions, supervised_positions
+from distillm_cli.training.state import RunInfo
+from distillm_cli.types import Batch, Sequence, collate
+from distillm_cli.utils.modules import eval_mode
+from distillm_cli.utils.text import counted
+
+MASK_STAGE = "mask"  # name of the stage, and of its directory
+MASK_FILE = "mask.safetensors"
+START = 0.2  # of every m
+_SEED = 0x726B64  # added to the run's seed for the connectors
+
+
+def detoxified(f: Tensor, mask_D: Tensor, feature_D: Tensor) -> Tensor:
+    """Return (1 − m)·f + m·d in the dtype of f, computed in float32. With m = 0 it equals f exactly."""
+    return torch.lerp(f.float(), feature_D.expand_as(f), mask_D.expand_as(f)).to(f.dtype)
+
+
+def last_blocks(teacher: Backbone, count: int) -> list[nn.Module]:
+    """Return the last blocks of a teacher. Raises UsageError if it has fewer."""
+    blocks = blocks_of(teacher)
+    if count > len(blocks):
+        raise UsageError(
+            "usage.invalid_blocks",
+            f"robustkd.blocks = {count}: the teacher has {counted(len(blocks), 'block')}",
+            hint=f"try --set robustkd.blocks={min(3, len(blocks))}",
+        )
+    return blocks[len(blocks) - count :]
+
+
+def write_masks(directory: Path, mask_KD: Tensor, feature_KD: Tensor) -> None:
+    """Write the masks and detoxified features of a stage to a directory."""
+    tensors = {"mask": mask_KD, "feature": feature_KD}
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, directory / MASK_FILE)
+
+
+def read_masks(directory: Path) -> tuple[Tensor, Tensor]:
+    """Return what ``write_masks`` wrote. Raises CheckpointError."""
+    try:
+        tensors = load_file(directory / MASK_FILE)
+        return tensors["mask"], tensors["feature"]
+    except (OSError, KeyError, SafetensorError) as error:
+        what = f"cannot read the masks in {directory / MASK_FILE} ({error})"
+        raise CheckpointError("checkpoint.damaged", what, hint=START_OVER) from error
+
+
+@torch.no_grad()
+def mean_features(teacher: Backbone, count: int, batches: SequenceOf[SequenceOf[Sequence]]) -> Tensor:
+    """Return the mean output [K, D] of a teacher's last blocks over all positions of the batches, in float32."""
+    outputs = BlockOutputs(last_blocks(teacher, count))
+    sums: list[Tensor] = []
+    positions = 0
+    outputs.collects = True
+    outputs.attach()
+    try:
+        for sequences in batches:
+            batch = collate(sequences).to(teacher.device)
+            with eval_mode(teacher), torch.autocast(teacher.device.type, enabled=False):
+                teacher.hidden(batch)
+            real_M = real_positions(teacher, batch)
+            states = [_at(passes, [real_M]).float().sum(0).to("cpu", torch.float64) for passes in outputs.take()]
+            sums = states if not sums else [total + part for total, part in zip(sums, states, strict=True)]
+            positions += len(real_M)
+    finally:
+        outputs.remove()
+    return (torch.stack(sums) / max(positions, 1)).float()
+
+
+class MaskTraining(Extra):
+    """Train the masks of a frozen teacher, which is the model whose cross-entropy is the objective.
+
+    feature_KD: the initial detoxified features, see ``mean_features``.
+    """
+
+    def __init__(self, teacher: Backbone, feature_KD: Tensor, config: RobustKDConfig):
+        super().__init__()
+        self.teacher = teacher
+        self.weight = config.mask_weight
+        feature_KD = feature_KD.to(teacher.device)
+        self.logits_KD = nn.Parameter(torch.full_like(feature_KD, math.log(START / (1 - START))))
+        self.feature_KD = nn.Parameter(feature_KD.clone())
+        self.outputs = BlockOutputs(last_blocks(teacher, config.blocks), self._change)
+        self.outputs.attach()
+
+    @property
+    def mask_KD(self) -> Tensor:
+        """Return m."""
+        return self.logits_KD.sigmoid()
+
+    def train(self, mode: bool = True) -> MaskTraining:
+        """Keep the teacher in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def loss(self, done: StudentPass) -> Tensor | None:
+        if not self.weight:
+            return None
+        share = done.targets_N.shape[0] * done.scale
+        return (1 - self.mask_KD).square().mean() * (self.weight * share)
+
+    def measure(self, batches: SequenceOf[SequenceOf[Sequence]], run: RunInfo) -> dict[str, float]:
+        """Return the mean of m."""
+        return {"mask": self.mask_KD.mean().item()}
+
+    def release(self) -> None:
+        self.outputs.remove()
+
+    def _change(self, index: int, states_BTD: Tensor) -> Tensor:
+        return detoxified(states_BTD, self.logits_KD[index].sigmoid(), self.feature_KD[index])
+
+
+class RobustKD(TeacherPass):
+    """Mask the blocks of a frozen teacher, and connect the student's blocks to them.
+
+    masks: m and d [K, D], which stay constant. The masks are in effect for every use of the teacher until ``release``.
+    """
+
+    mask_KD: Tensor
+    feature_KD: Tensor
+
+    def __init__(
+        self, teacher: Backbone, student: Backbone, masks: tuple[Tensor, Tensor], config: RobustKDConfig, *, seed: int
+    ):
+        super().__init__(teacher)
+        self.weight = config.connector_weight
+        device = teacher.device
+        self.register_buffer("mask_KD", masks[0].to(device))
+        self.register_buffer("feature_KD", masks[1].to(device))
+        self.outputs = BlockOutputs(last_blocks(teacher, config.blocks), self._change)
+        self.student_outputs = BlockOutputs(matched_blocks(blocks_of(student), config.blocks) if self.weight else [])
+        self.connectors = nn.ModuleList()
+        if self.weight:
+            width = _width(student, self.student_outputs)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed + _SEED)
+                linears = [nn.Linear(width, self.mask_KD.shape[1]) for _ in range(config.blocks)]
+            self.connectors = nn.ModuleList(linears).to(student.device)
+        self._teacher_features: list[Tensor] = []
+        self._student_positions: list[Tensor] = []
+        teacher.forget_fast_paths()
+        self.outputs.attach()
+
+    def train(self, mode: bool = True) -> RobustKD:
+        """Keep the teacher in evaluation mode: it is frozen."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    @torch.no_grad()
+    def hidden(self, batches: SequenceOf[Batch]) -> Tensor:
+        """Return the masked teacher's states. The student's pass over the same batches follows."""
+        self.outputs.collects = bool(self.weight)
+        try:
+            with torch.autocast(batches[0].ids_BT.device.type, enabled=False):
+                hidden_ND = torch.cat([self.teacher.hidden(batch) for batch in batches])
+            positions = [supervised_positions(self.teacher, batch) for batch in batches]
+            self._teacher_features = [_at(passes, positions) for passes in self.outputs.take() if passes]
+        finally:
+            self.outputs.collects = False
+            self.outputs.take()
+        self._student_positions = positions
+        self.student_outputs.attach()
+        self.student_outputs.collects = True
+        return hidden_ND
+
+    def loss(self, done: StudentPass) -> Tensor | None:
+        """Return the connectors' mean squared error over blocks, positions and channels, with its weight and scale."""
+        passes = self.student_outputs.take()
+        self.student_outputs.remove()
+        if not self.weight:
+            return None
+        total = done.hidden_ND.new_zeros((), dtype=torch.float32)
+        for connector, of_block, target_ND in zip(self.connectors, passes, self._teacher_features, strict=True):
+            states_NS = _at(of_block, self._student_positions)
+            error_ND = connector(states_NS.to(connector.weight.dtype)).float() - target_ND.float()
+            total = total + error_ND.square().mean(1).sum()
+        self._teacher_features = []
+        return total * (self.weight * done.scale / len(self.connectors))
+
+    def release(self) -> None:
+        self.student_outputs.remove()
+        self.outputs.remove()
+        self.teacher.forget_fast_paths()
+
+    def _change(self, index: int, states_BTD: Tensor) -> Tensor:
+        return detoxified(states_BTD, self.mask_KD[index], self.feature_KD[index])
+
+
+def matched_blocks(blocks: list[nn.Module], count: int) -> list[nn.Module]:
+    """Return ``count`` blocks of a student for the teacher's last ones: its last ones, evenly spread if it has fewer.
+
+    The last is always matched with the last.
+    """
+    depth = len(blocks)
+    if depth >= count:
+        return blocks[depth - count :]
+    return [blocks[-(-(k + 1) * depth // count) - 1] for k in range(count)]
+
+
+def _at(passes: list[Tensor], positions: list[Tensor]) -> Tensor:
+    """Return the states [N, D] at these positions of the passes' outputs [B, T, D]."""
+    return torch.cat([s.flatten(0, 1).index_select(0, at_N) for s, at_N in zip(passes, positions, strict=True)])
+
+
+@torch.no_grad()
+def _width(student: Backbone, outputs: BlockOutputs) -> int:
+    """Return the width of a student's blocks, measured on one token."""
+    token = torch.ones(1, dtype=torch.int32).numpy()
+    outputs.collects = True
+    outputs.attach()
+    try:
+        with eval_mode(student):
+            student.hidden(collate([Sequence(token, token)]).to(student.device))
+        return outputs.take()[0][0].shape[-1]
+    finally:
+        outputs.remove()
+        outputs.collects = False
