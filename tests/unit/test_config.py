@@ -847,6 +847,7 @@ BOUND = {
 }
 BOUND |= {"student.lora.alpha", "student.lora.targets"}
 BOUND |= {"objective.policy_gradient", "objective.row_weight", "objective.by_source", "objective.curriculum"}
+BOUND |= {"eval.trigger", "eval.target", "data.mixup", "objective.input_gradient", "disco.enabled", "train.adversarial"}
 BOUND |= {"schedule.fresh", "train.lr", "train.min_lr", "data.date"}
 EVERY_FIELD = st.fixed_dictionaries({}, optional={key: _values(key) for key in leaves() if key not in BOUND})
 
