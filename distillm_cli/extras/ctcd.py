@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distillm_cli.config.extras import CTCDConfig
 from distillm_cli.losses.divergences import KL
-from distillm_cli.losses.extra import StudentPass, TrainedTeacher
+from distillm_cli.losses.extra import StudentPass, TrainedTeacher, with_cross_entropy
 from distillm_cli.losses.families import Tempered
 from distillm_cli.losses.fused import fused_loss
 from distillm_cli.losses.objectives import STUDENT_OUTPUTS
@@ -76,7 +76,7 @@ class CTCD(TrainedTeacher):
         return replace(weights, kd=config.soft_student * weights.kd, ce=weights.ce + ce, divergence=divergence)
 
     def loss_name(self, name: str) -> str:
-        return f"{name} + CE" if self.config.hard_student else name
+        return with_cross_entropy(name) if self.config.hard_student else name
 
     def loss(self, done: StudentPass) -> Tensor | None:
         config = self.config

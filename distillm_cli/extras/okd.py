@@ -23,7 +23,7 @@ from torch import Tensor
 from distillm_cli.config.extras import OKDConfig
 from distillm_cli.config.schema import AdapterConfig
 from distillm_cli.losses.divergences import KL
-from distillm_cli.losses.extra import StudentPass, TrainedTeacher
+from distillm_cli.losses.extra import StudentPass, TrainedTeacher, with_cross_entropy
 from distillm_cli.losses.fused import fused_loss
 from distillm_cli.losses.objectives import STUDENT_OUTPUTS
 from distillm_cli.losses.student_loss import concatenate
@@ -72,7 +72,7 @@ class OKD(TrainedTeacher):
         return replace(weights, ce=weights.ce + ce)
 
     def loss_name(self, name: str) -> str:
-        return f"{name} + CE" if self.config.ce else name
+        return with_cross_entropy(name) if self.config.ce else name
 
     def loss(self, done: StudentPass) -> Tensor | None:
         ce = 0.0 if done.source in STUDENT_OUTPUTS else 1.0

@@ -137,6 +137,11 @@ class Extra(nn.Module):
             current[name].copy_(tensor)
 
 
+def with_cross_entropy(name: str) -> str:
+    """Return the name of an objective's loss with an additional cross-entropy: "CE + kl"."""
+    return name if name.startswith("CE") else f"CE + {name}"
+
+
 class TeacherPass(Extra):
     """Compute the teacher's states in training, within the forward pass of ``StudentLoss``. teacher: the model."""
 

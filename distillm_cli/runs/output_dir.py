@@ -332,11 +332,8 @@ def publishing(output: Path) -> Iterator[Path]:
 
 
 def _move_model(staged: Path, output: Path) -> None:
-    folders = {
-        name: sorted(path for path in (staged / name).iterdir() if path.is_file())
-        for name in (TEMPLATES, TRAINED_TEACHER, f"{TRAINED_TEACHER}/{TEMPLATES}")
-        if (staged / name).is_dir()
-    }
+    places = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_dir())  # parents first
+    folders = {name: sorted(path for path in (staged / name).iterdir() if path.is_file()) for name in places}
     files = sorted(
         (path for path in staged.iterdir() if path.is_file()), key=lambda path: path.suffix == ".safetensors"
     )
@@ -344,8 +341,8 @@ def _move_model(staged: Path, output: Path) -> None:
     names = [path.relative_to(staged).as_posix() for path in (*chain.from_iterable(folders.values()), *files)]
     manifest.unseal(output)  # files that an earlier run sealed are replaced now
     manifest.record(output, [name for name in names if name not in seals], seals=seals)
-    names = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_dir())
-    folders = {name: sorted(path for path in (staged / name).iterdir() if path.is_file()) for name in names}
+    for name, inside in folders.items():
+        move_into(output / name, inside)
     move_into(output, files)
     sealed = [output / RECIPE, *(output / path.name for path in files if path.name != CARD)]
     manifest.seal_directory(output, [path for path in sealed if path.is_file()])
