@@ -37,8 +37,9 @@ _FINE_TUNING_TEACHER_FIELDS = (
 # Fields that a run on sentence embeddings uses (``disco.enabled``).
 _EMBEDDING_SECTIONS = ("disco.", "train.", "eval.")
 _EMBEDDING_FIELDS = frozenset((
-    "method", "teacher.path", "teacher.dtype", "teacher.revision", "student.path", "student.dtype", "student.dropout",
-    "student.save_dtype", "student.revision", "data.source", "data.valid", "data.columns.prompt", "data.max_length",
+    "method", "schedule.kind", "teacher.path", "teacher.dtype", "teacher.revision", "student.path", "student.dtype",
+    "student.dropout", "student.save_dtype", "student.revision", "data.source", "data.valid", "data.columns.prompt",
+    "data.max_length",
     "data.limit", "data.valid_limit", "data.size", "data.tasks", "data.seed", "data.skip_bad_rows", "data.bucket",
 ))  # fmt: skip
 

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from distillm_cli.config.schema import Recipe
+from distillm_cli.config.shortcuts import Flag
 from distillm_cli.config.student_spec import BUILTIN_MODELS
 from distillm_cli.data.trigger import check_trigger
 from distillm_cli.errors import Interrupted, ModelError, UsageError, signal_number
@@ -105,7 +106,9 @@ def _jobs(
             loaded[key] = load_suites(recipe, listener)
         if any(suite.is_pairs for suite in loaded[key]):
             read_declared(checkpoint)
-        if not_causal is not None and not all(suite.is_pairs for suite in loaded[key]):
+        if all(suite.is_pairs for suite in loaded[key]):
+            _check_pair_settings(settings)
+        elif not_causal is not None:
             raise not_causal
         jobs.append(_Job(checkpoint, recipe, loaded[key], place))
     for job in jobs:
@@ -129,6 +132,16 @@ def _check_config(checkpoint: str) -> ModelError | None:
             return error
         raise
     return None
+
+
+def _check_pair_settings(settings: Settings) -> None:
+    """Raise UsageError for a setting of responses, given by hand, if every suite is of sentence pairs."""
+    given = {key: flag.name if isinstance(flag, Flag) else key for key, flag in settings.flags.items()}
+    given |= {text.partition("=")[0].strip(): f"--set {text}" for text in settings.sets or ()}
+    for key, name in given.items():
+        if key.startswith("eval.") and key not in ("eval.suites", "eval.limit"):
+            what = f"{name} has no effect on suites of sentence pairs, which are scored by embeddings"
+            raise UsageError("usage.unused_option", what, hint="remove it")
 
 
 def _output_directories(checkpoints: list[str], output: str | None, names: Mapping[str, str]) -> dict[str, Path]:

@@ -332,6 +332,12 @@ def test_teacher_without_pooling_is_refused(cli, workdir):
     assert_error(cli("eval", "teacher", "--suite", "data", "--json", "--quiet"), "model.no_pooling")
 
 
+def test_settings_of_responses_are_refused_for_pairs(cli, workdir):
+    for words in (["--metric", "rouge_l"], ["--greedy"], ["--seeds", "1"], ["--set", "eval.top_k=3"]):
+        outcome = cli("eval", "teacher", "--suite", "data", *words, "--json", "--quiet")
+        assert_error(outcome, "usage.unused_option", words[-1] if words[0] == "--set" else words[0])
+
+
 def test_mixed_suite_is_refused(cli, workdir):
     write(workdir / "mixed.jsonl", [*rows(2, 0), {"prompt": "a", "completion": "b"}])
     assert_error(cli("eval", "teacher", "--suite", "mixed.jsonl", "--json", "--quiet"), "data.mixed_rows", "2 of 3")
