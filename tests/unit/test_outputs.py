@@ -92,11 +92,7 @@ def test_clear_leaves_another_model_among_the_results(tmp_path):
 
 def test_clear_removes_unfinished_files_of_a_killed_run(tmp_path):
     """Check staging files: a file is listed before it is written next to its final path."""
-<<<<<<< HEAD
     output_dir.write_recipe(tmp_path, resolved(), stages=["sft"])
-=======
-    output_dir.write_recipe(tmp_path, resolved(), stage="sft")
->>>>>>> h20-disco
     manifest.record(tmp_path, ["checkpoints/step-000001", "model.safetensors"])
     put(tmp_path, "checkpoints/.staging-step-000001-123/model.safetensors", ".staging-model-123/config.json")
     put(tmp_path, ".staging-metrics.jsonl", "checkpoints/.old-step-000000/user", ".old-notes.txt")
@@ -172,11 +168,7 @@ def test_sft_directory_is_a_stage_only_with_sft_epochs(tmp_path, epochs):
     put(tmp_path, "sft/recipe.yaml", "sft/model.safetensors")
     if epochs is not None:
         recipe = resolved(f"student.sft_epochs={epochs}")
-<<<<<<< HEAD
         output_dir.write_recipe(tmp_path, recipe, stages=[] if epochs == "0.0" else ["sft"])
-=======
-        output_dir.write_recipe(tmp_path, recipe, stage=None if epochs == "0.0" else "sft")
->>>>>>> h20-disco
     if epochs == "2.0":
         manifest.record(tmp_path / "sft", ["recipe.yaml", "model.safetensors"])
     assert output_dir.has_stage(tmp_path, "sft") == (epochs == "2.0")
