@@ -191,16 +191,20 @@ def foreign(output: Path) -> Path | None:
 
 
 def foreign_teacher(output: Path) -> Path | None:
-    """Return a file under ``OUTPUT/teacher``, or that path itself, that no run wrote; None without one."""
+    """Return what keeps a run from saving its teacher in ``OUTPUT/teacher``; None if it can.
+
+    That is the directory itself, if no run wrote into it, or a file that the run would replace and that no run wrote.
+    """
     place = output / TRAINED_TEACHER
     if not os.path.lexists(place):
         return None
     if place.is_symlink() or not place.is_dir():
         return place
     ours = set(written(output))
-    return next(
-        (path for path in sorted(place.rglob("*")) if path.is_symlink() or path.is_file() if path not in ours), None
-    )
+    if any(place.iterdir()) and not any(path.is_relative_to(place) for path in ours):
+        return place
+    found = chain.from_iterable(sorted(place.glob(pattern)) for pattern in MODEL_FILES)
+    return next((path for path in found if path not in ours), None)
 
 
 def has_stage(output: Path, name: str) -> bool:

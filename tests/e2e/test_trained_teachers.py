@@ -196,7 +196,10 @@ def test_output_teacher_is_removed_or_left_to_the_user(workdir, distill, cli, tm
     output = tmp_path / "run"
     distill(output, "--method", "ctcd", "--steps", 1)
     assert (output / "teacher" / "model.safetensors").is_file()
+    (output / "teacher" / "eval").mkdir()
+    (output / "teacher" / "eval" / "results.json").write_text("{}")  # of an evaluation
     distill(output, "--method", "ctcd", "--steps", 1, "--overwrite")
+    shutil.rmtree(output / "teacher" / "eval")
     distill(output, "--method", "kd", "--steps", 1, "--overwrite")
     assert not (output / "teacher").exists()
 
@@ -205,7 +208,7 @@ def test_output_teacher_is_removed_or_left_to_the_user(workdir, distill, cli, tm
     notes.write_text("mine")
     distill(output, "--method", "kd", "--steps", 1, "--overwrite")
     argv = command(workdir, output, "--method", "ctcd", "--steps", 1, "--overwrite")
-    assert_error(cli(*argv, *QUIET), "usage.output_exists", notes)
+    assert_error(cli(*argv, *QUIET), "usage.output_exists", notes.parent)
     assert notes.read_text() == "mine"
     shutil.rmtree(output / "teacher")
     distill(output, "--method", "ctcd", "--steps", 1, "--overwrite")
