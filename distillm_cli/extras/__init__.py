@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from distillm_cli.losses.extra import Extra
     from distillm_cli.models.pair import Pair
 
+MASK_STAGE = "mask"  # name of the stage that learns the masks of RobustKD, and of its directory
+MASK_FILE = "mask.safetensors"
+
 
 def build_extras(recipe: Recipe, pair: Pair, stages: Mapping[str, Path]) -> dict[str, Extra]:
     """Return the extras of a recipe by name. Their modules are imported only if a recipe uses them.
@@ -26,7 +29,7 @@ def build_extras(recipe: Recipe, pair: Pair, stages: Mapping[str, Path]) -> dict
 
         extras["okd"] = OKD(teacher, recipe.okd, seed=recipe.train.seed)
     if recipe.robustkd.blocks and teacher is not None:
-        from distillm_cli.extras.robustkd import MASK_STAGE, RobustKD, read_masks
+        from distillm_cli.extras.robustkd import RobustKD, read_masks
 
         masks = read_masks(stages[MASK_STAGE])
         extras["robustkd"] = RobustKD(teacher, pair.student, masks, recipe.robustkd, seed=recipe.train.seed)

@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 
 import distillm_cli
 from distillm_cli.errors import CheckpointError, UsageError
+from distillm_cli.extras import MASK_STAGE
 from distillm_cli.utils import manifest
 from distillm_cli.utils.storage import (
     PROBE,
@@ -44,8 +45,7 @@ CARD = "README.md"
 RESULT = "result.json"  # of a training: the object of ``--json``
 COMPARE = "compare"  # the baselines, each an output directory
 SFT = "sft"
-MASK = "mask"
-STAGES = (SFT, MASK)  # before distillation, in their order: output directories within the output directory
+STAGES = (SFT, MASK_STAGE)  # before distillation, in their order: output directories within the output directory
 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors",
