@@ -3,15 +3,18 @@
     python benchmarks/regimes.py g2p sums --work DIR --data DIR [--rows 500 2000] [--seeds 10 11 12] [--report]
         [--arms sft "kl off" "kl off x2" "kl auto" …] [--grid 4e-3]
 
-Per task and number of rows: one teacher, trained on all rows; per seed a student from scratch, fine-tuned for ten epochs on
+Tasks: letters → phonemes (``g2p``), running sums with long answers (``sums``), intents (``banking77``), the built-in kinds
+of questions (``questions``), and instructions with free answers (``dolly``). Per task and number of rows: one teacher,
+trained on all rows (``questions``: the one in the package); per seed a student from scratch, fine-tuned for ten epochs on
 the chosen rows; then SFT and every objective with every schedule from that start, for the same number of optimizer steps.
 An arm with ``xN`` has N times the steps, for comparisons at equal seconds. The learning rate of each objective is the best
 of the grid on validation rows, first seed, without student outputs; with a single rate in ``--grid`` there is no choice.
 
 Results are cached per run, and the report prints what exists. Seeds come first, so that an interrupted map is complete for
 fewer seeds. Times are those of the training loop, teacher states cached; compare them within one run of this script alone.
-The column ``cost`` does not depend on other programs: steps, with FRESH_COST for one on fresh student outputs. --plots DIR
-draws the gain over the best arm on rows against the number of rows, and the error against the cost.
+The columns ``cost`` (steps, with FRESH_COST for one on fresh student outputs) and ``sampled tokens`` (of the student, in
+training) do not depend on other programs. --plots DIR draws the gain over the best arm on rows against the number of rows,
+and the error against the cost.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -91,24 +93,46 @@ def banking77(data: Path, work: Path, threads: int) -> Task:
     )  # fmt: skip
 
 
-TASKS = {"g2p": g2p, "sums": sums, "banking77": banking77}
+def questions(data: Path, work: Path, threads: int) -> Task:
+    """Return the built-in kinds of questions, with their teacher of 0.79 M parameters and a student of 0.15 M."""
+    return replace(tasks.builtin(work / "questions", threads, steps=3000), name="questions")
+
+
+def dolly(data: Path, work: Path, threads: int) -> Task:
+    """Return Dolly with all 11,435 rows: teacher of 3.7 M parameters, student of 0.65 M, answers of up to 64 tokens."""
+    rows = work / "dolly-rows"
+    if not (rows / "train.jsonl").exists():
+        rows.mkdir(parents=True, exist_ok=True)
+        for name, split in (("dev", "valid"), ("valid", "test"), ("train", "train")):  # MiniLLM's names of the files
+            (rows / f"{split}.jsonl").write_bytes((data / "dolly" / f"{name}.jsonl").read_bytes())
+    base = tasks.dolly(work / "dolly", threads, steps=1240)
+    return replace(base, common=_with_data(base.common, rows), teacher_argv=_with_data(base.teacher_argv, rows))
+
+
+TASKS = {"g2p": g2p, "sums": sums, "banking77": banking77, "questions": questions, "dolly": dolly}
 
 
 class Regime:
-    """Hold the runs of one task with one number of rows. The teacher is that of all rows."""
+    """Hold the runs of one task with one number of rows. The teacher is that of all rows.
 
-    def __init__(self, whole: Task, source: Path, rows: int):
+    source: directory of all rows; None for the built-in rows, of which any number can be generated.
+    """
+
+    def __init__(self, whole: Task, source: Path | None, rows: int):
         self.rows = rows
         self.whole = whole
-        place = subset(source, whole.work.parent / f"{whole.name}-{rows}-rows", rows)
-        common = [str(place) if before == "--data" else word for before, word in _pairs(whole.common)]
+        if source is None:
+            common, suite = [*whole.common, *tasks.sets(f"data.size={rows}")], whole.suite
+        else:
+            place = subset(source, whole.work.parent / f"{whole.name}-{rows}-rows", rows)
+            common, suite = _with_data(whole.common, place), str(place / "test.jsonl")
         self.task = replace(
             whole,
             work=whole.work.parent / f"{whole.name}-{rows}",
             common=common,
             teacher_path=whole.teacher(),
             start_steps=max(10 * rows // whole.batch, 100) if rows < 8000 else 10 * 8000 // whole.batch,
-            suite=str(place / "test.jsonl"),
+            suite=suite,
         )
         self.task.work.mkdir(parents=True, exist_ok=True)
 
@@ -147,8 +171,9 @@ def _factor(arm: str) -> tuple[str, float]:
     return name, float(factor or 1)
 
 
-def _pairs(words: list[str]) -> Iterator[tuple[str, str]]:
-    return zip(["", *words], words, strict=False)
+def _with_data(words: list[str], place: Path) -> list[str]:
+    """Return arguments with the value of ``--data`` replaced."""
+    return [str(place) if before == "--data" else word for before, word in zip(["", *words], words, strict=False)]
 
 
 def measure(regime: Regime, arms: list[str], seed: int, first_seed: int) -> None:
@@ -164,8 +189,8 @@ def report(regime: Regime, arms: list[str], seeds: list[int]) -> None:
     task = regime.task
     columns = " | ".join([*(f"{metric} {name}" for name in task.passes for metric in task.metrics), "entropy T=1"])
     print(f"\n{task.name}, {regime.rows:,} rows, {task.steps * task.batch / regime.rows:.1f} epochs\n")
-    print(f"| arm | seeds | cost | seconds | steps: rows / rollouts / replay | {columns} |")
-    print("|---" * (6 + len(task.passes) * len(task.metrics)) + "|")
+    print(f"| arm | seeds | cost | seconds | steps: rows / rollouts / replay | sampled tokens | {columns} |")
+    print("|---" * (7 + len(task.passes) * len(task.metrics)) + "|")
     for arm in arms:
         done = finished(regime, arm, seeds)
         if not done:
@@ -179,6 +204,7 @@ def report(regime: Regime, arms: list[str], seeds: list[int]) -> None:
         sources = [statistics.mean(r[f"{kind}_steps"] for r, _ in done) for kind in ("dataset", "rollout", "replay")]
         facts = [f"{len(done)}", f"{cost(done):,.0f}", mean_sd([r["train_s"] for r, _ in done])]
         facts.append(" / ".join(f"{n:,.0f}" for n in sources))
+        facts.append(f"{statistics.mean(r['sampled_tokens'] for r, _ in done):,.0f}")
         print(f"| {arm} | {' | '.join([*facts, *cells])} |")
 
 
@@ -224,8 +250,8 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, help="with --report: directory of the plots")
     parser.add_argument("--report", action="store_true", help="print tables of existing results, without new runs")
     args = parser.parse_args()
-    sources = {"g2p": args.data / "g2p", "banking77": args.data / "banking77"}
-    sources["sums"] = args.work.resolve() / "sums-rows"
+    sources = {"g2p": args.data / "g2p", "banking77": args.data / "banking77", "questions": None}
+    sources |= {name: args.work.resolve() / f"{name}-rows" for name in ("sums", "dolly")}
     for name in args.tasks:
         whole = TASKS[name](args.data.resolve(), args.work.resolve(), args.threads)
         whole = replace(whole, grid=tuple(args.grid)) if args.grid else whole

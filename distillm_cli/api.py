@@ -380,6 +380,12 @@ def train_recipe(
     from distillm_cli.runs.start import start_training
 
     notes = check_training(resolved)
+    if options.compare and resolved.recipe.has_random_teacher:
+        raise UsageError(
+            "usage.exclusive_options",
+            f"--compare with --teacher {resolved.recipe.teacher.path}: the baselines need a trained teacher",
+            hint="drop --compare, or give --teacher PATH",
+        )
     place = Path(output) if output else None
     if place is None:
         config = resolved.recipe

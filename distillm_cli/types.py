@@ -39,12 +39,17 @@ class Sequence:
         return len(self.response) + (0 if self.turns is None else len(self.turns))
 
 
+# Columns of ``Rollout.log_probs_NK``: under the unfiltered student and teacher, and under the distribution that the token
+# was drawn from. Samplers without a teacher give the first alone.
+LOG_Q, LOG_P, LOG_DRAWN = range(3)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rollout(Sequence):
     """Hold a sampled response, with what was computed for it.
 
-    log_probs_NK: log-probabilities of its tokens when it was sampled, nats, float32 on the CPU: under the student [N, 1],
-    or under teacher, student and sampler [N, 3] (see ``rollouts.mixture``); None if the sampler gives none.
+    log_probs_NK: log-probabilities of its tokens when it was sampled, nats, float32 on the CPU, in the first or in all of
+    the columns ``LOG_Q``, ``LOG_P``, ``LOG_DRAWN``; None if the sampler gives none.
     teacher_hidden_ND: the teacher's hidden states, on the CPU, once ``cache_teacher_hidden`` was called.
     """
 
@@ -54,9 +59,7 @@ class Rollout(Sequence):
     @property
     def student_log_probs_N(self) -> torch.Tensor | None:
         """Return the log-probabilities of its tokens under the student when it was sampled, nats."""
-        if self.log_probs_NK is None:
-            return None
-        return self.log_probs_NK[:, self.log_probs_NK.shape[1] // 2]  # the only column, or the middle one
+        return None if self.log_probs_NK is None else self.log_probs_NK[:, LOG_Q]
 
     def cache_teacher_hidden(self, hidden_ND: torch.Tensor | None) -> None:
         """Set the teacher's hidden states, or drop them. They are released with the rollout."""
@@ -91,6 +94,31 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch on ``device``; copies overlap with compute if the device allows it."""
         return replace(self, **{name: moved(getattr(self, name), device) for name in self.__slots__})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedded:
+    """Hold the input embeddings of a batch, in place of its token ids.
+
+    inputs_BTD: of prompt and response for a causal model, of the prompt for an encoder-decoder. decoder_BRD: of the
+    decoder's input, None for a causal model. mask_BT: attention mask of the encoder's input, None if nothing is masked; a
+    causal model has its padding on the right and needs none. positions_N: index into the flattened positions of the states
+    that predict the supervised tokens, those of the decoder in an encoder-decoder.
+    """
+
+    inputs_BTD: torch.Tensor
+    positions_N: torch.Tensor
+    mask_BT: torch.Tensor | None = None
+    decoder_BRD: torch.Tensor | None = None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the embeddings: one tensor, or those of encoder and decoder."""
+        return [self.inputs_BTD] if self.decoder_BRD is None else [self.inputs_BTD, self.decoder_BRD]
+
+    def with_tensors(self, tensors: SequenceOf[torch.Tensor]) -> Embedded:
+        """Return the batch with other embeddings, in the order of ``tensors``."""
+        return replace(self, inputs_BTD=tensors[0], decoder_BRD=tensors[1] if len(tensors) > 1 else None)
 
 
 def moved(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     PreTrainedModel,
@@ -199,3 +201,36 @@ def sequences(lengths: list[tuple[int, int]], vocab: int, seed: int = 0) -> list
         return torch.randint(vocab, (n,), generator=generator, dtype=torch.int32).numpy()
 
     return [Sequence(draw(p), draw(r), row) for row, (p, r) in enumerate(lengths)]
+
+
+def save_encoder(
+    directory: Path, *, pooling: str | None = "mean", kind: str = "bert", seed: int = 0, **fields: Any
+) -> str:
+    """Save a tiny BERT-shaped model with a character tokenizer. Return the directory.
+
+    pooling: declared in the files of sentence-transformers; None: without these files.
+    """
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = AutoConfig.for_model(kind, **{"vocab_size": VOCAB, "max_position_embeddings": CONTEXT, **shape, **fields})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModel.from_config(config, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() >= 2:
+                    parameter.normal_(0, 1.5 / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(directory)
+    backend = tokenizer(string.ascii_lowercase + " ", size=VOCAB)
+    backend.save_pretrained(directory)
+    if pooling is not None:
+        modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+        listed = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                  for i, (path, kind) in enumerate(modules)]  # fmt: skip
+        (Path(directory) / "modules.json").write_text(json.dumps(listed))
+        (Path(directory) / "1_Pooling").mkdir()
+        names = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "last": "lasttoken"}
+        flags = {f"pooling_mode_{name}": key == pooling for key, name in names.items()}
+        (Path(directory) / "1_Pooling" / "config.json").write_text(
+            json.dumps({"word_embedding_dimension": 32, **flags})
+        )
+    return str(directory)

@@ -1,4 +1,4 @@
-"""Derive from a recipe: the recipe of its fine-tuning stage, and the values that a resume must not change."""
+"""Derive from a recipe: the recipes of its stages and baselines, and the values that a resume must not change."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distillm_cli import plugins
+from distillm_cli.config import student_spec
 from distillm_cli.config.explain import leaves
 from distillm_cli.config.extras import EXTRAS
 from distillm_cli.config.field_usage import has_field, value_of
@@ -16,6 +17,7 @@ from distillm_cli.config.schema import Recipe
 from distillm_cli.utils.text import redact
 
 _ORIGIN = "student.sft_epochs"
+_PTP = "student.ptp"
 _EXTRAS = tuple(f"{name}." for name in EXTRAS)
 
 # Fields that may differ between a run and its resume, because no later step depends on them.
@@ -51,8 +53,43 @@ def sft_stage_recipe(resolved: Resolved) -> Resolved | None:
         "student.save_dtype": ("fp32", _ORIGIN),  # distillation starts from exactly these weights
         "student.sft_epochs": (type(student).model_fields["sft_epochs"].default, _ORIGIN),
         "student.sft_lr": (None, _ORIGIN),
+        "student.ptp": (0.0, _ORIGIN),
+        "student.ptp_lr": (None, _ORIGIN),
+        "data.mixup": (0.0, _ORIGIN),
     }
     return _derived(resolved, changed, ("objective.", "schedule.", *_EXTRAS))  # fine-tuning does not use them
+
+
+def ptp_stage_recipe(resolved: Resolved) -> Resolved | None:
+    """Return the recipe of the pre-training that ``student.ptp`` asks for, or None.
+
+    It has the run's models, rows and seed, and ``student.ptp`` epochs at ``student.ptp_lr`` with a validation and a
+    checkpoint after each. Every other setting of the distillation has its default.
+    """
+    recipe = resolved.recipe
+    student = recipe.student
+    if not student.ptp:
+        return None
+    if student.ptp_lr is None:
+        lr: tuple[Any, str] = (recipe.train.lr, resolved.origin["train.lr"])
+    else:
+        lr = (student.ptp_lr, "student.ptp_lr")
+    changed: dict[str, tuple[Any, str]] = {key: (value, _PTP) for key, value in METHODS["kd"].preset.items()}
+    changed |= {
+        "method": ("kd", _PTP),
+        "train.epochs": (student.ptp, _PTP),
+        "train.steps": (None, _PTP),
+        "train.eval_steps": ("epoch", _PTP),
+        "train.save_steps": ("epoch", _PTP),
+        "train.select": ("last", _PTP),
+        "train.patience": (None, _PTP),
+        "train.lr": lr,
+        "student.sft_epochs": (0.0, _PTP),
+        "data.mixup": (0.0, _PTP),
+        "student.sft_lr": (None, _PTP),
+        "student.ptp_lr": (None, _PTP),
+    }
+    return _derived(resolved, changed, ("objective.", "schedule.", *_EXTRAS))
 
 
 def mask_stage_recipe(resolved: Resolved) -> Resolved | None:
@@ -77,6 +114,9 @@ def mask_stage_recipe(resolved: Resolved) -> Resolved | None:
         "train.patience": (None, "robustkd.blocks"),
         "student.sft_epochs": (0.0, "robustkd.blocks"),
         "student.sft_lr": (None, "robustkd.blocks"),
+        "student.ptp": (0.0, "robustkd.blocks"),
+        "data.mixup": (0.0, "robustkd.blocks"),
+        "student.ptp_lr": (None, "robustkd.blocks"),
     }
     return _derived(resolved, changed, ("objective.", "schedule.", "rollout."))
 
@@ -97,7 +137,9 @@ def baseline_recipes(
     default = ObjectiveConfig()
     common: dict[str, tuple[Any, str]] = {"schedule.kind": ("off", origin)}
     common |= {"student.sft_epochs": (0.0, origin), "student.sft_lr": (None, origin)}
-    for name in ("by_source", "curriculum", "policy_gradient", "row_weight"):  # for steps on student outputs
+    common |= {"student.ptp": (0.0, origin), "student.ptp_lr": (None, origin)}
+    common["data.mixup"] = (0.0, origin)
+    for name in ("by_source", "curriculum", "policy_gradient", "row_weight", "input_gradient"):
         common[f"objective.{name}"] = (getattr(default, name), origin)
     for name in ("eval_steps", "save_steps"):  # as often as in the run
         every = getattr(train, name)
@@ -109,7 +151,13 @@ def baseline_recipes(
         "train.steps": (steps + stage_steps, origin),
     }
     off_policy = common | {"train.steps": (steps, origin)}
-    if stage_steps:
+    if stage_steps and student_spec.shares_layers(
+        resolved.recipe.student.path
+    ):  # the stage's model has no shared layers
+        off_policy |= {
+            key: (value_of(resolved.recipe, key), origin) for key in ("student.sft_epochs", "student.sft_lr")
+        }
+    elif stage_steps:
         off_policy["student.path"] = (stage, origin)
     left_out = ("schedule.", "rollout.", *_EXTRAS)
     recipes = {"sft": _derived(resolved, sft, left_out), "off-policy": _derived(resolved, off_policy, left_out)}

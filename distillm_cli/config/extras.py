@@ -5,15 +5,24 @@ The switch of a system is one of its fields; the others are used only when it is
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from distillm_cli.config.fields import Condition, Count, Positive, Section, UsedWhen
 
 _OKD = UsedWhen({"okd.rank": Condition("that is given", 16, lambda rank: rank is not None)})
+_CTCD = UsedWhen({"ctcd.enabled": (True,)})
 
+_DISCO = UsedWhen({"disco.enabled": (True,)})
+_INFONCE = UsedWhen({"disco.loss": ("infonce",)})
+_PAIRS = UsedWhen({"disco.pairs_epochs": Condition("above 0", 1, lambda epochs: bool(epochs) and epochs > 0)})
 _ROBUSTKD = UsedWhen({"robustkd.blocks": Condition("above 0", 3, lambda blocks: blocks > 0)})
+
+_MIXUP = UsedWhen({"data.mixup": Condition("above 0", 0.4, lambda alpha: isinstance(alpha, int | float) and alpha > 0)})
+_INPUT_GRADIENT = {
+    "objective.input_gradient": Condition("above 0", 0.2, lambda w: isinstance(w, int | float) and w > 0)
+}
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -62,5 +71,110 @@ class RobustKDConfig(Section):
     )
 
 
+class CTCDConfig(Section):
+    """Configure CTCD: teacher and student train together and distil both ways (arXiv 2311.02849).
+
+    Each side's loss is hard·CE + soft·T²·KL(other ‖ own), with the other's distribution as a constant.
+    """
+
+    enabled: bool = Field(
+        False, description="Train all weights of the teacher, in float32, and save it in OUTPUT/teacher/."
+    )
+    hard_teacher: Annotated[Weight, _CTCD] = Field(
+        1.0, description="Weight of the teacher's cross-entropy, on data set rows and teacher samples."
+    )
+    soft_teacher: Annotated[Weight, _CTCD] = Field(
+        1.0, description="Weight of T²·KL(student ‖ teacher) in the teacher's loss."
+    )
+    hard_student: Annotated[Weight, _CTCD] = Field(
+        1.0, description="Weight of the student's cross-entropy, on data set rows and teacher samples."
+    )
+    soft_student: Annotated[Weight, _CTCD] = Field(
+        1.0, description="Weight of T²·D(teacher, student) in the student's loss, D the objective's divergence."
+    )
+    temperature: Annotated[float, Field(gt=0), _CTCD] = Field(
+        2.0, description="T, by which the logits of both models are divided in the divergences."
+    )
+    lr_ratio: Annotated[Weight, _CTCD] = Field(
+        1.0, description="Learning rate of the teacher, as a multiple of train.lr."
+    )
+
+
+class MixKDConfig(Section):
+    """Configure MixKD: distillation on mixtures of two sequences' input embeddings, with ``data.mixup`` (arXiv 2011.00593).
+
+    For each pair (i, j) of a step's sequences it adds kd_weight·D(p, q) on the mixed input and
+    ce_weight·[λ·CE(q, y_i) + (1 − λ)·CE(q, y_j)].
+    """
+
+    kd_weight: Annotated[Weight, _MIXUP] = Field(
+        1.0, description="Weight of the divergence between teacher and student on mixed inputs (TMKD)."
+    )
+    ce_weight: Annotated[Weight, _MIXUP] = Field(
+        1.0, description="Weight of the student's cross-entropy with mixed labels on mixed inputs (SM)."
+    )
+
+
+class KDIGAConfig(Section):
+    """Configure the alignment of input gradients, with ``objective.input_gradient`` (in the style of arXiv 2110.12072)."""
+
+    space: Annotated[Literal["auto", "shared", "swap"], UsedWhen(_INPUT_GRADIENT)] = Field(
+        "auto",
+        description="Space in which the gradients are compared. shared: input embeddings of equal width. swap: first-order "
+        "change of the loss when a token is replaced by another one, for any widths. auto: shared for a student of the "
+        "teacher's own layers (layers:N), else swap.",
+    )
+    candidates: Annotated[Positive, UsedWhen({**_INPUT_GRADIENT, "kdiga.space": ("auto", "swap")})] = Field(
+        64, description="Number of tokens of the vocabulary that swap compares, drawn anew in each step."
+    )
+    every: Annotated[Positive, UsedWhen(_INPUT_GRADIENT)] = Field(
+        1, description="Compute the term in every k-th step only."
+    )
+
+
+class DisCoConfig(Section):
+    """Configure DisCo: distillation of sentence embeddings (DisCo, DistilCSE, arXiv 2112.05638).
+
+    The loss of sentence i is −log exp(τ·u_i·t_i) / Σ_j exp(τ·u_i·t_j), u = norm(W·student), t = norm(teacher), over the
+    sentences j of the step and of a queue of earlier steps.
+    """
+
+    enabled: bool = Field(
+        False, description="Train the student to imitate the teacher's sentence embeddings instead of its tokens."
+    )
+    loss: Annotated[Literal["infonce", "mse"], _DISCO] = Field(
+        "infonce", description="Loss of the distillation. infonce: contrastive. mse: ‖u − t‖², the usual baseline."
+    )
+    queue: Annotated[Count, _INFONCE] = Field(
+        4096,
+        description="Maximum number of teacher embeddings of earlier steps that serve as negatives. The paper has 65,536 "
+        "for 5 million sentences.",
+    )
+    temperature: Annotated[float, Field(gt=0), _INFONCE] = Field(
+        20.0, description="Initial value of τ, the trained scale of the cosines."
+    )
+    pooling: Annotated[Literal["auto", "cls", "mean", "last"], _DISCO] = Field(
+        "auto",
+        description="Pooling of the last hidden states: of the first token, the mean, or of the last token. auto: what "
+        "each model's directory declares (1_Pooling/config.json), for the student else the teacher's, else mean.",
+    )
+    keep_projection: Annotated[bool, _DISCO] = Field(
+        False, description="Write W as a Dense module of the student, which then has the teacher's embedding width."
+    )
+    pairs_epochs: Annotated[float, Field(ge=0), _DISCO] = Field(
+        0, description="Epochs of fine-tuning on sentence pairs after the distillation. The rows need pairs."
+    )
+    pairs_lr: Annotated[float, Field(gt=0), _PAIRS] = Field(
+        5e-5, description="Peak learning rate of the fine-tuning on pairs."
+    )
+
+
 # Sections by name, in the order of the recipe. Fine-tuning and the baselines of --compare leave them out.
-EXTRAS: dict[str, type[Section]] = {"okd": OKDConfig, "robustkd": RobustKDConfig}
+EXTRAS: dict[str, type[Section]] = {
+    "okd": OKDConfig,
+    "ctcd": CTCDConfig,
+    "mixkd": MixKDConfig,
+    "kdiga": KDIGAConfig,
+    "disco": DisCoConfig,
+    "robustkd": RobustKDConfig,
+}

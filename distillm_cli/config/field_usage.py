@@ -34,6 +34,15 @@ _FINE_TUNING_TEACHER_FIELDS = (
     "teacher.revision",
 )  # used to build a student
 
+# Fields that a run on sentence embeddings uses (``disco.enabled``).
+_EMBEDDING_SECTIONS = ("disco.", "train.", "eval.")
+_EMBEDDING_FIELDS = frozenset((
+    "method", "schedule.kind", "teacher.path", "teacher.dtype", "teacher.revision", "student.path", "student.dtype",
+    "student.dropout", "student.save_dtype", "student.revision", "data.source", "data.valid", "data.columns.prompt",
+    "data.max_length",
+    "data.limit", "data.valid_limit", "data.size", "data.tasks", "data.seed", "data.skip_bad_rows", "data.bucket",
+))  # fmt: skip
+
 # Fields that commands without training use: how rows are read and written, and the device. Flags and ``--set`` for other
 # fields are refused there.
 _INFERENCE_FIELDS = (
@@ -97,14 +106,16 @@ def is_used_without_training(key: str, given: GivenValue, value: ValueOf, comman
     """Return whether a command that does not train uses the field."""
     if key in _HELD_OUT_FIELDS and command == "eval":
         return not value("eval.suites")
-    return key in _USED_WITHOUT_TRAINING[command] or (bool(given.prefix) and key in _STAGE_FIELDS.get(command, ()))
+    if key in _USED_WITHOUT_TRAINING[command]:
+        return not key.startswith("eval.") or is_used(key, value)
+    return bool(given.prefix) and key in _STAGE_FIELDS.get(command, ())
 
 
 def is_used(key: str, value: ValueOf) -> bool:
     """Return whether a run with these values uses the field."""
     if _is_distillation_field(key) and _is_fine_tuning(value):
         return False
-    if _is_unused_teacher_field(key, value):
+    if _is_unused_teacher_field(key, value) or _is_unused_by_embeddings(key, value):
         return False
     when = condition(key)
     return when is None or any(not _required_changes(alternative, value) for alternative in when.alternatives)
@@ -144,7 +155,7 @@ def unused_field_error(key: str, given: GivenValue, value: ValueOf, command: str
     method = value("method")
     it = "it" if key in given.location else key
     distills = _is_distillation_field(key)
-    if not trains(command):
+    if not trains(command) and not (key.startswith("eval.") and key in _USED_WITHOUT_TRAINING[command]):
         other = None if given.prefix else _REPLACEMENTS[command].get(key)
         hint = f"remove it, or try {other}" if other else "remove it"
         if key in _HELD_OUT_FIELDS and command == "eval":
@@ -155,6 +166,9 @@ def unused_field_error(key: str, given: GivenValue, value: ValueOf, command: str
     if _is_fine_tuning(value) and (distills or _is_unused_teacher_field(key, value)):
         where = f"{it} applies to {commands_using(key)}; {method} uses only cross-entropy"
         return RecipeError("recipe.unused_field", problem, where=where, hint="remove it")
+    if _is_unused_by_embeddings(key, value):
+        where = f"{it} does not apply to sentence embeddings (method {method})"
+        return RecipeError("recipe.unused_field", problem, where=where, hint="remove it, or choose another method")
     alternatives = [_required_changes(alternative, value) for alternative in _alternatives(key)]
     unmet = dict.fromkeys(next(iter(changes)) for changes in alternatives)
     current = " and ".join(f"{k} is {_format_word(value(k))}" for k in unmet)
@@ -236,6 +250,13 @@ def _is_unused_teacher_field(key: str, value: ValueOf) -> bool:
     if not key.startswith("teacher.") or not _is_fine_tuning(value):
         return False
     return key not in _FINE_TUNING_TEACHER_FIELDS or not is_built(value("student.path"))
+
+
+def _is_unused_by_embeddings(key: str, value: ValueOf) -> bool:
+    """Return whether the run trains sentence embeddings, and the field is of models of tokens."""
+    if not value("disco.enabled"):
+        return False
+    return key not in _EMBEDDING_FIELDS and not key.startswith(_EMBEDDING_SECTIONS)
 
 
 def _is_fine_tuning(value: ValueOf) -> bool:

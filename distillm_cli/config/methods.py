@@ -241,6 +241,20 @@ register_method(
 )
 register_method(
     Method(
+        name="peakd",
+        verb="distill",
+        summary="KL, for a student that runs half of the teacher's layers twice, pre-trained on the teacher's confidence",
+        paper="Pea-KD, 2020 (2009.14822), in the style of: labels by token, and no loss of hidden states",
+        preset={
+            "objective.divergence": "kl",
+            "schedule.kind": "off",
+            "student.path": "shared:0.5x2:swap",
+            "student.ptp": 1.0,
+        },
+    )
+)
+register_method(
+    Method(
         name="okd",
         verb="distill",
         summary="KL from a teacher whose LoRA adapter trains along, towards the data and the student",
@@ -250,10 +264,57 @@ register_method(
 )
 register_method(
     Method(
+        name="ctcd",
+        verb="distill",
+        summary="cross-entropy and softened KL for teacher and student, which train together",
+        paper="CTCD, Lee et al. 2023 (2311.02849), in the style of: weights of a replication, next tokens for masked ones",
+        objective="CE and softened KL, both ways",
+        preset={"objective.divergence": "kl", "schedule.kind": "off", "ctcd.enabled": True},
+    )
+)
+register_method(
+    Method(
+        name="mixkd",
+        verb="distill",
+        summary="KL on data set rows, and on mixtures of the input embeddings of two rows, with mixed labels",
+        paper="MixKD, Liang et al. 2021 (2011.00593), in the style of: adapted from classification to tokens",
+        preset={"objective.divergence": "kl", "schedule.kind": "off", "data.mixup": 0.4},
+    )
+)
+register_method(
+    Method(
+        name="kdiga",
+        verb="distill",
+        summary="KL and the alignment of the gradients of the cross-entropy by the input, which transfers robustness",
+        paper="KDIGA, Shao et al. 2021 (2110.12072), in the style of: adapted from images to token embeddings",
+        preset={"objective.divergence": "kl", "schedule.kind": "off", "objective.input_gradient": 0.2},
+    )
+)
+register_method(
+    Method(
         name="robustkd",
         verb="distill",
         summary="KL from a teacher with masks on its last blocks, which suppress a backdoor, and its masked features",
         paper="RobustKD, 2024 (2406.03409), in the style of: the learning of the masks is a reconstruction",
         preset={"objective.divergence": "kl", "schedule.kind": "off", "robustkd.blocks": 3},
+    )
+)
+register_method(
+    Method(
+        name="disco",
+        verb="distill",
+        summary="contrastive distillation of sentence embeddings, with a queue of teacher embeddings as negatives",
+        paper="DisCo / DistilCSE, Gao et al. 2021 (2112.05638)",
+        objective="InfoNCE of projected student embeddings and teacher embeddings",
+        sequences="sentences of the data set",
+        preset={
+            "schedule.kind": "off",
+            "disco.enabled": True,
+            "data.max_length": 128,
+            "train.batch_size": 64,
+            "train.epochs": 5.0,
+            "train.lr": 2e-4,
+            "train.warmup": 0.1,
+        },
     )
 )

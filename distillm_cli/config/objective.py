@@ -79,6 +79,11 @@ class ObjectiveConfig(DivergenceConfig):
         description="Weight of the data set rows that policy_gradient adds to student outputs, (1 − kd_weight)·CE + "
         "kd_weight·KL(p‖q) per token (MiniLLM's term on plain text). 0: none.",
     )
+    input_gradient: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Weight of the distance between the gradients of the cross-entropy of student and teacher by their "
+        "inputs (KDIGA, section kdiga). 0: off.",
+    )
     router_aux: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
         "auto",
         description="Weight of the auxiliary loss of the routers of a mixture of experts, for sft too. auto: the "

@@ -20,6 +20,9 @@ from distillm_cli.config.fields import Positive, Probability, Section, TaggedUni
 HELD_OUT_LOSS = "held_out_loss"
 OUTPUT_LOSS = "output_loss"
 
+# Kinds whose steps on the student's own outputs, without corrections of the teacher, may replay them from the buffer.
+OWN_BUFFERED_KINDS = ("on", "mixed", "annealed", "adaptive", "auto")
+
 _REPLAYED = {"schedule.replay": ("decreasing", "constant", "increasing")}
 _AUTO_REPLAY = {"schedule.replay": ("auto",)}
 _FROM_BUFFER = {"schedule.fresh": ("buffer",)}
@@ -32,7 +35,7 @@ _WARM_UP: Literal["fill", "none"] = Field(
 _BY_LOSS = UsedWhen({"schedule.trigger": ("loss",)})
 _BY_GAIN = UsedWhen({"schedule.trigger": ("gain",)})
 _OWN_REPLAYED = UsedWhen(
-    {**_REPLAYED, "schedule.kind": ("on", "mixed", "annealed", "adaptive", "auto")},
+    {**_REPLAYED, "schedule.kind": OWN_BUFFERED_KINDS},
     {**_AUTO_REPLAY, "schedule.kind": ("adaptive", "auto")},
 )
 _ROLLOUT_COST: float = Field(2.0, gt=0, description="Cost of a step on student outputs, in steps on data set rows.")

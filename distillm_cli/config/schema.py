@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from distillm_cli import plugins
 from distillm_cli.config import student_spec
-from distillm_cli.config.extras import OKDConfig, RobustKDConfig
+from distillm_cli.config.extras import CTCDConfig, DisCoConfig, KDIGAConfig, MixKDConfig, OKDConfig, RobustKDConfig
 from distillm_cli.config.fields import (
     Beta,
     Condition,
@@ -28,7 +28,7 @@ from distillm_cli.config.fields import (
     UsedWhen,
 )
 from distillm_cli.config.objective import OBJECTIVE, ObjectiveConfig
-from distillm_cli.config.schedule import SCHEDULE, BufferedConfig, ScheduleConfig, kinds_with, trains_on_own_outputs
+from distillm_cli.config.schedule import OWN_BUFFERED_KINDS, SCHEDULE, ScheduleConfig, kinds_with, trains_on_own_outputs
 
 _DRAFTS = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.drafts)})
 _TEACHER_SAMPLES = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.uses_teacher_samples)})
@@ -40,14 +40,16 @@ _MAY_MIX = UsedWhen(  # the samples of a whole epoch of pairs come from the stud
         "schedule.redraw": ("never",),
     },
 )
-_MAY_REPLAY = UsedWhen(
-    {"schedule.kind": kinds_with(lambda kind: issubclass(kind, BufferedConfig) and not kind.drafts)}, of_method=False
-)
+_OWN_OUTPUTS = UsedWhen({"schedule.kind": OWN_BUFFERED_KINDS}, of_method=False)
 _STUDENT_DECODES = UsedWhen({"schedule.kind": kinds_with(lambda kind: kind.uses_student_outputs)}, of_method=False)
 _GENERATES = UsedWhen(
     {"schedule.kind": kinds_with(lambda kind: kind.uses_student_outputs or kind.uses_teacher_samples)}, of_method=False
 )
 _FALLING = UsedWhen({"train.lr_schedule": ("cosine", "linear")}, of_method=False)
+_ADVERSARIAL = UsedWhen({"train.adversarial": ("fgsm", "pgd")}, of_method=False)
+_ADVERSARIAL_STEPS = UsedWhen({"train.adversarial": ("pgd",)}, of_method=False)
+_ATTACK = UsedWhen({"eval.attack": ("fgsm", "pgd")}, of_method=False)
+_ATTACK_STEPS = UsedWhen({"eval.attack": ("pgd",)}, of_method=False)
 _BUILTIN = {"data.source": ("builtin",)}
 _RANK = Condition("that is given", 16, lambda rank: rank is not None)
 
@@ -59,12 +61,13 @@ if TYPE_CHECKING:  # the real types depend on what is registered
     AnySchedule = ScheduleConfig
 else:
     MetricName = Literal[tuple(plugins.metrics)]
-    Selection = Literal["last", HeldOutMetric, MetricName]
+    Selection = Literal["last", HeldOutMetric, "spearman", MetricName]
     AnyObjective = OBJECTIVE.annotation()
     AnySchedule = SCHEDULE.annotation()
 
 AUTO: Final = "auto"  # for a number: it is chosen to fit the models before the run (runs/defaults.py)
 Auto = Literal["auto"]
+AttackName = Literal["none", "fgsm", "pgd"]
 PrefixRange = Annotated[str, Field(pattern=r"^[1-9][0-9]*->[1-9][0-9]*$", examples=["64->256"])]
 _Number = TypeVar("_Number", int, float)
 
@@ -84,12 +87,12 @@ _ON_HUB = Condition("on the hub", "NAME", _may_have_revision)
 
 
 class TeacherConfig(Section):
-    """Configure the teacher, the model that is imitated. It is not trained."""
+    """Configure the teacher, the model that is imitated. It is trained only by okd and ctcd."""
 
     path: Name | None = Field(
         None,
         description="Teacher: a hub name, a local directory, or a model shipped with this package: builtin (questions), "
-        "builtin:pronounce (words to phonemes).",
+        "builtin:pronounce (words to phonemes). With ctcd also random:[FAMILY:]LAYERSxWIDTH.",
     )
     dtype: Dtype = Field(
         "auto", description="Data type of the weights. auto: bf16 on hardware with fast bf16, else fp32."
@@ -145,7 +148,9 @@ class StudentConfig(Section):
         description="Model to train: a hub name, a directory, or one to build (layers:6, width:0.5, random:4x256). A "
         "directory holds a model or a LoRA adapter. Built models: random:[FAMILY:]LAYERSxWIDTH or a config.json (random "
         "weights; FAMILY is llama or gpt2, by default the teacher's), layers:N[:first|last] or layers:I,J,… (copies of the "
-        "teacher's layers, embeddings and head; evenly spaced by default, counted from 0), width:SIZE or width:0.5 "
+        "teacher's layers, embeddings and head; evenly spaced by default, counted from 0), shared:NxP[:swap] (copies of the "
+        "teacher's first N layers that run P times with the same weights; swap: queries and keys swap theirs in every "
+        "second pass; shared:0.5x2 for half of the layers), width:SIZE or width:0.5 "
         "(random weights, as deep as the teacher).",
     )
     tokenizer: Name | None = Field(
@@ -157,7 +162,9 @@ class StudentConfig(Section):
         "auto", description="Compute dtype. Parameters stay fp32 (autocast). auto: bf16 on hardware with fast bf16."
     )
     dropout: Probability | None = Field(
-        None, description="Probability of every dropout of the student. Unset: the values of its config."
+        None,
+        description="Probability of every dropout of the student, and with ctcd of the teacher. Unset: the values of "
+        "their configs.",
     )
     save_dtype: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="Data type of the weights in the output directory. Checkpoints stay fp32."
@@ -176,6 +183,15 @@ class StudentConfig(Section):
     )
     sft_lr: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Peak learning rate of fine-tuning before distillation. Unset: train.lr."
+    )
+
+    ptp: Annotated[float, Field(ge=0)] = Field(
+        0,
+        description="Epochs of pre-training on the teacher's four classes of confidence before distillation, after any "
+        "fine-tuning, as a separate stage under ptp/ (in the style of Pea-KD).",
+    )
+    ptp_lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Peak learning rate of the pre-training. Unset: train.lr."
     )
 
     @property
@@ -199,8 +215,15 @@ class StudentConfig(Section):
                 f"student.lora_output adapter: the base model {self.path} would not be saved; "
                 "try --set student.lora_output=merged"
             )
+        if self.lora.r is not None and student_spec.shares_layers(self.path):
+            raise ValueError(
+                f"student.lora.r: the layers of {self.path} are shared, and an adapter has one part for each layer; try "
+                "layers:N, or train all weights"
+            )
         if self.sft_lr is not None and not self.sft_epochs:
             raise ValueError("student.sft_lr needs student.sft_epochs; try --set student.sft_epochs=3")
+        if self.ptp_lr is not None and not self.ptp:
+            raise ValueError("student.ptp_lr needs student.ptp; try --set student.ptp=1")
         return self
 
 
@@ -292,6 +315,11 @@ class DataConfig(Section):
         "which saves padding and changes no gradient. k: batches of similar length from k batches sorted "
         "together, which saves passes, but worsens training if the length depends on the kind of row.",
     )
+    mixup: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="α of Beta(α, α), the distribution of the shares λ and 1 − λ in which the input embeddings of two "
+        "sequences are mixed (MixKD). The mixtures are trained on beside the plain sequences. 0: off.",
+    )
     workers: Count = Field(0, description="Number of tokenizing processes. Does not change results.")
 
     @model_validator(mode="after")
@@ -316,7 +344,7 @@ class RolloutConfig(Section):
     max_new_tokens: Positive = Field(
         256, description="Maximum length of a response, in tokens. End-of-sequence is included."
     )
-    prefix: Annotated[Positive | PrefixRange | None, _MAY_REPLAY] = Field(
+    prefix: Annotated[Positive | PrefixRange | None, _OWN_OUTPUTS] = Field(
         None,
         description="Number of first tokens of a student output to sample and train on. 64->256 grows over the run (arXiv "
         "2602.15260).",
@@ -407,6 +435,16 @@ class TrainConfig(Section):
         False,
         description="Recompute activations in the backward pass, which saves memory and costs one more forward pass.",
     )
+    adversarial: AttackName = Field(
+        "none",
+        description="Add the cross-entropy on prompts whose input embeddings are perturbed against the model, with the "
+        "weight of the plain one. fgsm: one gradient step. pgd: several.",
+    )
+    adversarial_radius: Annotated[float, Field(ge=0), _ADVERSARIAL] = Field(
+        0.2,
+        description="Largest change of each prompt token's embedding (L2), in units of the mean norm of the embeddings.",
+    )
+    adversarial_steps: Annotated[Positive, _ADVERSARIAL_STEPS] = Field(3, description="Gradient steps of pgd.")
     log_steps: Positive = Field(1, description="Number of steps between two lines of metrics.jsonl.")
     eval_steps: Positive | Literal["epoch"] = Field("epoch", description="Number of steps between two validations.")
     save_steps: Positive | Literal["epoch"] = Field("epoch", description="Number of steps between two checkpoints.")
@@ -474,6 +512,16 @@ class EvalConfig(Section):
     target: Name | None = Field(
         None, description="Response that the trigger should cause. Rows with it as a reference are left out."
     )
+    attack: AttackName = Field(
+        "none",
+        description="Attack on the input embeddings of the prompts, under which the accuracy of the response tokens is "
+        "measured. fgsm: one gradient step. pgd: several.",
+    )
+    attack_radius: Annotated[float, Field(ge=0), _ATTACK] = Field(
+        0.2,
+        description="Largest change of each prompt token's embedding (L2), in units of the mean norm of the embeddings.",
+    )
+    attack_steps: Annotated[Positive, _ATTACK_STEPS] = Field(10, description="Gradient steps of pgd.")
     report_rows: Count = Field(
         100, description="Number of held-out rows on which student and teacher are scored at the end of a run. 0: none."
     )
@@ -502,6 +550,10 @@ class Recipe(Section):
     schedule: AnySchedule = ScheduleConfig()
     rollout: RolloutConfig = RolloutConfig()
     okd: OKDConfig = OKDConfig()
+    ctcd: CTCDConfig = CTCDConfig()
+    mixkd: MixKDConfig = MixKDConfig()
+    kdiga: KDIGAConfig = KDIGAConfig()
+    disco: DisCoConfig = DisCoConfig()
     robustkd: RobustKDConfig = RobustKDConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
@@ -509,7 +561,7 @@ class Recipe(Section):
     @property
     def needs_responses(self) -> bool:
         """Return whether training uses the responses of the data set in addition to its prompts."""
-        fine_tunes = self.method == "sft" or self.student.sft_epochs > 0
+        fine_tunes = self.method == "sft" or self.student.sft_epochs > 0 or self.student.ptp > 0
         return fine_tunes or self.schedule.uses_rows or self.objective.row_weight > 0
 
     @property
@@ -519,8 +571,28 @@ class Recipe(Section):
 
     def _teacher_changes(self) -> list[str]:
         """Return the keys of the fields by which the run changes the teacher."""
-        changes = {"okd.rank": self.okd.rank is not None, "robustkd.blocks": self.robustkd.blocks > 0}
+        changes = {
+            "ctcd.enabled": self.ctcd.enabled,
+            "okd.rank": self.okd.rank is not None,
+            "robustkd.blocks": self.robustkd.blocks > 0,
+        }
         return [key for key, changes_teacher in changes.items() if changes_teacher]
+
+    @property
+    def teacher_dtype(self) -> Dtype:
+        """Return the dtype of the teacher's weights, or auto. All weights are trained in float32."""
+        return "fp32" if self.ctcd.enabled else self.teacher.dtype
+
+    @property
+    def has_random_teacher(self) -> bool:
+        """Return whether the teacher starts with random weights."""
+        return self.ctcd.enabled and student_spec.is_random(self.teacher.path)
+
+    @property
+    def runs_teacher_on_embeddings(self) -> bool:
+        """Return whether steps run the teacher on input embeddings, whose states no cache has."""
+        mixes = self.data.mixup > 0 and self.mixkd.kd_weight > 0
+        return self.method != "sft" and (mixes or self.objective.input_gradient > 0)
 
     @property
     def decodes_with_teacher(self) -> bool:
@@ -539,6 +611,11 @@ class Recipe(Section):
     def _check_student_source(self) -> Recipe:
         if self.method == "sft" and self.student.sft_epochs:
             raise ValueError("student.sft_epochs adds a stage before distillation; for sft, try --epochs")
+        if self.method == "sft" and self.student.ptp:
+            raise ValueError(
+                "student.ptp learns the teacher's confidence before distillation, and sft has no teacher; try "
+                "--set student.ptp=0"
+            )
         if self.method == "sft" and self.train.select == "valid_divergence":
             raise ValueError(
                 "train.select valid_divergence needs a teacher, and sft has none; try --set train.select=valid_loss"
@@ -552,17 +629,74 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_trained_teacher(self) -> Recipe:
-        if self.teacher_trainer is not None and self.teacher.cache not in ("auto", "off"):
-            raise ValueError(
-                f"teacher.cache {self.teacher.cache}: the teacher changes ({self.teacher_trainer}), so its states cannot be "
-                "cached; try --teacher-cache off"
-            )
+        key = self.teacher_trainer
+        if key is None or self.method == "sft":
+            return self
         if len(changes := self._teacher_changes()) > 1:
             raise ValueError(f"{changes[0]} and {changes[1]} both change the teacher; try only one of them")
-        if self.robustkd.blocks and self.teacher.quantize != "none":
+        if self.teacher.cache not in ("auto", "off"):
             raise ValueError(
-                f"teacher.quantize {self.teacher.quantize}: the masks of robustkd.blocks are trained through the teacher's "
-                "blocks; try --set teacher.quantize=none"
+                f"teacher.cache {self.teacher.cache}: the teacher changes ({key}), so its states cannot be cached; "
+                "try --teacher-cache off"
+            )
+        if self.teacher.quantize != "none":
+            raise ValueError(
+                f"teacher.quantize {self.teacher.quantize}: gradients pass through the teacher's weights ({key}); "
+                "try --set teacher.quantize=none"
+            )
+        if self.ctcd.enabled and self.teacher.dtype not in ("auto", "fp32"):
+            raise ValueError(
+                f"teacher.dtype {self.teacher.dtype}: ctcd trains the teacher in float32; try --set teacher.dtype=fp32"
+            )
+        if self.has_random_teacher and student_spec.copies_layers(self.student.path):
+            raise ValueError(
+                f"student.path {self.student.path} would copy layers of a teacher with random weights "
+                f"({self.teacher.path}); try --student random:2x128"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_mixup(self) -> Recipe:
+        if not self.data.mixup or self.method == "sft":
+            return self
+        if not (self.mixkd.kd_weight or self.mixkd.ce_weight):
+            raise ValueError("data.mixup: mixkd.kd_weight and mixkd.ce_weight are 0; try --set data.mixup=0")
+        if self.mixkd.kd_weight and plugins.divergences[self.objective.divergence].depends_on_targets:
+            raise ValueError(
+                f"data.mixup: mixed inputs have two target tokens, and objective.divergence {self.objective.divergence} "
+                "depends on one; try --set mixkd.kd_weight=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_input_gradient(self) -> Recipe:
+        if self.objective.input_gradient and self.teacher.quantize != "none" and self.method != "sft":
+            raise ValueError(
+                f"teacher.quantize {self.teacher.quantize}: objective.input_gradient needs the teacher's gradients; "
+                "try --set teacher.quantize=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_embeddings(self) -> Recipe:
+        if not self.disco.enabled:
+            if self.train.select == "spearman":
+                raise ValueError("train.select spearman is of sentence embeddings; try --method disco")
+            return self
+        if self.schedule.kind != "off":
+            raise ValueError(
+                f"disco.enabled: sentence embeddings train on data set rows alone, and schedule.kind is "
+                f"{self.schedule.kind}; try --method disco"
+            )
+        if self.train.select not in ("last", "valid_loss", "spearman"):
+            raise ValueError(
+                f"train.select {self.train.select} is of responses, and sentence embeddings have none; "
+                "try --set train.select=spearman"
+            )
+        if self.disco.keep_projection and self.disco.pairs_epochs:
+            raise ValueError(
+                "disco.keep_projection: the fine-tuning on pairs trains the student without the projection; "
+                "try --set disco.pairs_epochs=0"
             )
         return self
 
@@ -572,7 +706,11 @@ class Recipe(Section):
         # A learning rate below the default min_lr stays constant.
         if self.train.lr_schedule == "constant" or min_lr == TrainConfig.model_fields["min_lr"].default:
             return self
-        for key, peak_lr in (("train.lr", self.train.lr), ("student.sft_lr", self.student.sft_lr)):
+        for key, peak_lr in (
+            ("train.lr", self.train.lr),
+            ("student.sft_lr", self.student.sft_lr),
+            ("student.ptp_lr", self.student.ptp_lr),
+        ):
             if isinstance(peak_lr, float | int) and min_lr > peak_lr:
                 raise ValueError(f"train.min_lr {min_lr:g} is above {key} {peak_lr:g}; try --set train.min_lr=0")
         return self

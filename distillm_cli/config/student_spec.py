@@ -5,12 +5,14 @@ width:0.5, width:256               `TeacherWidth`   random weights, as deep as t
 layers:6, layers:6:first,          `TeacherLayers`  copies of the teacher's layers
 layers:6:last, layers:0,3,7,
 layers:all
+shared:3x2, shared:3x2:swap,       `SharedLayers`   copies of the teacher's first layers, run several times
+shared:0.5x2
 config.json, any *.json            `ConfigFile`     random weights, of the shape that the file gives
 stage:NAME                         `StageOutput`    the output of an earlier stage of a pipeline
 builtin, builtin:pronounce         `BuiltinModel`   a model shipped with the package
 anything else                      `SavedModel`     a directory or a hub name
 
-The first four are built by the run. This module imports neither torch nor transformers.
+The first five are built by the run. This module imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -60,6 +62,24 @@ class TeacherLayers:
 
 
 @dataclass(frozen=True)
+class SharedLayers:
+    """Request copies of the teacher's first layers, which run ``passes`` times with the same weights.
+
+    Exactly one of count and share (of the teacher's layers) is set. swap: queries and keys swap their projections in
+    every second pass.
+    """
+
+    count: int | None = None
+    share: float | None = None
+    passes: int = 2
+    swap: bool = False
+
+    def stored(self, depth: int) -> int:
+        """Return the number of layers that are stored, of a teacher with ``depth``: a share is rounded half up."""
+        return self.count if self.count is not None else max(1, int((self.share or 0) * depth + 0.5))
+
+
+@dataclass(frozen=True)
 class ConfigFile:
     """Request random weights with the shape in a JSON file."""
 
@@ -87,22 +107,26 @@ class SavedModel:
     path: str
 
 
-StudentSpec = RandomModel | TeacherWidth | TeacherLayers | ConfigFile | StageOutput | BuiltinModel | SavedModel
+StudentSpec = (
+    RandomModel | TeacherWidth | TeacherLayers | SharedLayers | ConfigFile | StageOutput | BuiltinModel | SavedModel
+)
 
 _RANDOM = re.compile(r"random:(?:(?P<family>[A-Za-z][\w-]*):)?(?P<layers>\d+)x(?P<width>\d+)")
 _WIDTH = re.compile(r"width:(?:(?P<size>\d+)|(?P<share>0?\.\d+))")
 _LAYERS = re.compile(r"layers:(?:all|(?P<list>\d+(?:,\d+)+)|(?P<count>\d+)(?::(?P<position>evenly|first|last))?)")
+_SHARED = re.compile(r"shared:(?:(?P<count>\d+)|(?P<share>0?\.\d+))x(?P<passes>\d+)(?P<swap>:swap)?")
 
 # prefix → what to write
 FORMS = {
     "random:": "random:[FAMILY:]LAYERSxWIDTH, for example random:4x256 or random:gpt2:4x256",
     "width:": "width:256, or width:0.5 for half of the teacher's",
     "layers:": "layers:6 (evenly spaced), layers:6:first, layers:6:last, layers:0,3,7 or layers:all",
+    "shared:": "shared:3x2 (three layers that run twice), shared:3x2:swap, or shared:0.5x2 for half of the teacher's",
 }
 
 
 def parse_student(text: str) -> StudentSpec:
-    """Parse a specification. Raises UsageError for a malformed ``random:``, ``width:`` or ``layers:``."""
+    """Parse a specification. Raises UsageError for a malformed one of ``FORMS``."""
     found: StudentSpec | None
     if text.startswith("random:"):
         found = _parse_random(text)
@@ -110,6 +134,8 @@ def parse_student(text: str) -> StudentSpec:
         found = _parse_width(text)
     elif text.startswith("layers:"):
         found = _parse_layers(text)
+    elif text.startswith("shared:"):
+        found = _parse_shared(text)
     elif text.endswith(".json"):
         found = ConfigFile(text)
     elif text.startswith(STAGE_PREFIX):
@@ -130,13 +156,23 @@ def is_built(text: str | None) -> bool:
 
 
 def is_built_without_file(text: str | None) -> bool:
-    """Return whether the model is built without a file: ``random:``, ``width:`` and ``layers:``."""
+    """Return whether the model is built without a file: one of ``FORMS``."""
     return text is not None and _has_prefix(text)
+
+
+def is_random(text: str | None) -> bool:
+    """Return whether the model is ``random:…``, of random weights."""
+    return text is not None and text.startswith("random:")
 
 
 def copies_layers(text: str | None) -> bool:
     """Return whether the model copies the teacher's layers."""
-    return text is not None and text.startswith("layers:")
+    return text is not None and text.startswith(("layers:", "shared:"))
+
+
+def shares_layers(text: str | None) -> bool:
+    """Return whether the model runs layers several times."""
+    return text is not None and text.startswith("shared:")
 
 
 def is_on_hub(text: str) -> bool:
@@ -180,3 +216,12 @@ def _parse_layers(text: str) -> TeacherLayers | None:
     if match["count"]:
         return TeacherLayers(int(match["count"]), cast(Position, match["position"] or "evenly"))
     return TeacherLayers()
+
+
+def _parse_shared(text: str) -> SharedLayers | None:
+    match = _SHARED.fullmatch(text)
+    if match is None or int(match["passes"]) < 2:
+        return None
+    count = int(match["count"]) if match["count"] else None
+    share = float(match["share"]) if match["share"] else None
+    return SharedLayers(count, share, int(match["passes"]), bool(match["swap"])) if count or share else None

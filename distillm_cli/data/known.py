@@ -13,10 +13,10 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from distillm_cli import plugins
+from distillm_cli.utils.storage import ASSETS
 
 Columns = dict[str, Any]  # one record, by the names of its columns
 Reshape = Callable[[Columns], Columns]
@@ -88,6 +88,7 @@ def _numbered_files(form: str, **counts: int) -> dict[str, tuple[str, ...]]:
 
 _WMT14 = _numbered_files("de-en/{}-{:05d}-of-{:05d}.parquet", train=3, validation=1, test=1)
 _IWSLT = _numbered_files("iwslt2017-en-de/{}/{:04d}.parquet", train=1, validation=1, test=1)
+_ONE_OF_EACH = {"train": 1, "validation": 1, "test": 1}
 _SAMSUM = {split: (f"{split}.csv",) for split in ("train", "validation", "test")}
 _DIALOGUE = partial(_to_summary_row, column="dialogue", task="Summarize the conversation.")
 _DOCUMENT = partial(_to_summary_row, column="document", task="Summarize the article in one sentence.")
@@ -115,17 +116,17 @@ for _name, _dataset in {
     "wmt14-de-en": HubDataset("wmt/wmt14", _WMT14, reshape=_DE_EN, columns=_TRANSLATIONS),
     "wmt14-en-de": HubDataset("wmt/wmt14", _WMT14, reshape=_EN_DE, columns=_TRANSLATIONS),
     "iwslt": HubDataset("IWSLT/iwslt2017", _IWSLT, revision=_CONVERTED, reshape=_EN_DE, columns=_TRANSLATIONS),
+    "stsb": HubDataset(
+        "sentence-transformers/stsb", _numbered_files("data/{}-{:05d}-of-{:05d}.parquet", **_ONE_OF_EACH)
+    ),
     "gsm8k": HubDataset("openai/gsm8k", _numbered_files("main/{}-{:05d}-of-{:05d}.parquet", train=1, test=1)),
 }.items():
     register_dataset(_name, _dataset)
 
 
-_PRONOUNCE = Path(__file__).resolve().parent.parent / "assets" / "pronounce"
-
-
 def _read_pronounce(split: str) -> Iterable[Columns]:
     """Return records of the words and phonemes shipped with this package, an excerpt of CMUdict."""
-    lines = (_PRONOUNCE / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (ASSETS / "pronounce" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     return map(json.loads, lines)
 
 

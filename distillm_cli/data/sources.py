@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,6 +23,16 @@ from distillm_cli.utils.text import all_are, counted, listed_shares
 
 __all__ = ["Row", "Rows", "Split", "is_path", "load_rows", "local_path", "overlap", "path_kind", "user_path"]
 
+
+@dataclass(frozen=True)
+class RowForm:
+    """Describe what records are read as. read: as ``read_row``. columns: of those that it reads, for a recipe's columns."""
+
+    read: Callable[..., tuple[Row, set[str]]]
+    columns: Callable[[ColumnsConfig], frozenset[str]]
+
+
+PROMPTS = RowForm(read_row, readable_columns)
 _HELD_OUT_SHARE = 20  # one row in this many is held out if a source has no held-out rows of its own
 LISTED = 20  # maximum number of broken rows reported one by one; Rows.skipped has all of them
 
@@ -78,6 +88,7 @@ def load_rows(
     require_output: bool = True,
     limit: int | None = None,
     stand_in: bool = True,
+    form: RowForm = PROMPTS,
 ) -> Rows:
     """Load the rows of one split of ``data.source`` (of ``data.valid``, for split "valid", when that is given).
 
@@ -89,7 +100,7 @@ def load_rows(
 
     ``data.limit`` applies to the training rows (and the slice of them), ``data.valid_limit`` to "valid", ``limit`` to
     any split. Each selects the first rows. require_output=False: rows may lack a response. stand_in=False: "test"
-    returns test rows only, neither a whole file nor a slice.
+    returns test rows only, neither a whole file nor a slice. form: what records are read as; not for `builtin`.
 
     Raises DataError if the source does not exist, is empty, or has a broken row (unless ``data.skip_bad_rows``).
     """
@@ -109,7 +120,7 @@ def load_rows(
                 where=_location(source),
                 hint="choose one of those, or remove --split",
             )
-        rows = _load_split(source, data, split, uses_valid_source, limit, require_output, listener)
+        rows = _load_split(source, data, split, uses_valid_source, limit, require_output, form, listener)
     return replace(rows, split=split, splits=splits)
 
 
@@ -125,6 +136,7 @@ def _load_split(
     uses_valid_source: bool,
     limit: int | None,
     require_output: bool,
+    form: RowForm,
     listener: Listener,
 ) -> Rows:
     load = partial(
@@ -133,6 +145,7 @@ def _load_split(
         columns=data.columns,
         skip_bad_rows=data.skip_bad_rows,
         require_output=require_output,
+        form=form,
         listener=listener,
     )
     if uses_valid_source:
@@ -182,6 +195,7 @@ def _load_part(
     columns: ColumnsConfig,
     skip_bad_rows: bool,
     require_output: bool,
+    form: RowForm,
     listener: Listener,
 ) -> Rows:
     def skipped_message(where: str, message: str, *, is_json: bool = True) -> str:
@@ -198,14 +212,14 @@ def _load_part(
     reshape = source.reshape if columns == ColumnsConfig() else None
 
     def readable_rows() -> Iterator[Row]:
-        for where, record in source.parts[part](readable_columns(columns) | source.columns):
+        for where, record in source.parts[part](form.columns(columns) | source.columns):
             if isinstance(record, UnreadableRecord):
                 skipped.append(skipped_message(where, record.reason, is_json=record.is_json))
                 continue
             if reshape is not None and isinstance(record, dict):
                 record = reshape(record)
             try:
-                row, columns_read = read_row(record, where, columns, require_output=require_output)
+                row, columns_read = form.read(record, where, columns, require_output=require_output)
             except BadRow as error:
                 skipped.append(skipped_message(where, str(error)))
                 continue

@@ -23,6 +23,7 @@ from distillm_cli.data.trigger import with_trigger
 from distillm_cli.errors import DataError
 from distillm_cli.evaluation.metrics import Metric, RatioMetric, RatioParts, get_metric, ratio, undefined_reason
 from distillm_cli.evaluation.reasoning import without_reasoning
+from distillm_cli.evaluation.robustness import AttackResult
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.rollouts.sampler import Decoder, SampledOutput, Sampling, sample_all
 from distillm_cli.training.events import Listener, Warned, silent
@@ -71,7 +72,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Attack:
+class TriggerAttack:
     """Hold the responses to the prompts with a trigger. suite: the rows whose references do not include the target.
 
     score: the attack success rate, the share of responses that equal the target, 0 to 100.
@@ -96,7 +97,8 @@ class SuiteResult:
     or "greedy"), in the order of ``suite.rows``. tasks: the scores by kind of task, if rows have one. tokens: generated
     over all passes. seconds: spent generating. entropy: mean over those tokens of the entropy of the model's next-token
     distribution (temperature 1), in nats. complete: the share of answers that ended before the length limit, 0 to 1.
-    attack: with ``eval.trigger``; the other figures are those of the rows without a trigger.
+    triggered: with ``eval.trigger``; the other figures are those of the rows without a trigger. attack: the accuracy of the
+    response tokens under an attack, if one was made.
     """
 
     suite: Suite
@@ -111,7 +113,8 @@ class SuiteResult:
     seconds: float
     entropy: float
     complete: float
-    attack: Attack | None = None
+    triggered: TriggerAttack | None = None
+    attack: AttackResult | None = None
 
     @property
     def outputs(self) -> dict[str, list[str]]:
@@ -125,13 +128,15 @@ class SuiteResult:
         rate = round(self.tokens / max(self.seconds, 1e-9), 1)
         found |= {"tokens": self.tokens, "tokens_per_s": rate, "seconds": round(self.seconds, 3)}
         found |= {"entropy": self.entropy, "complete": self.complete}
+        if self.attack is not None:
+            found["attack"] = self.attack.as_json()
         if self.tasks:
             found["tasks"] = {
                 task: {name: {"mean": s.mean, "sd": s.sd} for name, s in scores.items()}
                 for task, scores in self.tasks.items()
             }
-        if self.attack is not None:
-            found["attack_success"] = self.attack.as_json()
+        if self.triggered is not None:
+            found["attack_success"] = self.triggered.as_json()
         return found
 
 
@@ -154,9 +159,9 @@ def evaluate_suite(
     answers, seconds = _respond(decoder, encoder, suite.name, prompts, references, config, listener)
     all_answers = [answer for one_pass in answers.values() for answer in one_pass]
     tokens = sum(answer.tokens for answer in all_answers)
-    attack = None
+    triggered = None
     if config.trigger is not None:
-        attack = _attack(decoder, encoder, suite, references, config, listener, skip_long=skip_long)
+        triggered = _with_trigger(decoder, encoder, suite, references, config, listener, skip_long=skip_long)
     return SuiteResult(
         suite=suite,
         config=config,
@@ -170,11 +175,11 @@ def evaluate_suite(
         seconds=seconds,
         entropy=sum(answer.entropy * answer.tokens for answer in all_answers) / tokens,
         complete=sum(answer.complete for answer in all_answers) / len(all_answers),
-        attack=attack,
+        triggered=triggered,
     )
 
 
-def _attack(
+def _with_trigger(
     decoder: Decoder,
     encoder: Encoder,
     suite: Suite,
@@ -183,7 +188,7 @@ def _attack(
     listener: Listener,
     *,
     skip_long: bool,
-) -> Attack:
+) -> TriggerAttack:
     """Return the responses to the rows with ``config.trigger``, without the rows whose references include the target.
 
     Responses are compared like exact matches: character for character, without white space at the ends.
@@ -208,7 +213,7 @@ def _attack(
         for name, of_pass in answers.items()
     }
     texts = [encoder.renderer.prompt(row) for row in triggered.rows]
-    return Attack(triggered, _mean_score(rates), texts, accepted, answers)
+    return TriggerAttack(triggered, _mean_score(rates), texts, accepted, answers)
 
 
 def _respond(

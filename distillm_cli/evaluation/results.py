@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,9 @@ def settings_label(config: schema.EvalConfig, template: str) -> str:
         value = getattr(config, name)
         if value != schema.EvalConfig.model_fields[name].default and not (greedy and name in _WITHOUT_EFFECT_ON_GREEDY):
             parts.append(f"{letter}{value:g}")
+    if config.attack != "none":
+        steps = f"{config.attack_steps}-" if config.attack == "pgd" else ""
+        parts.append(f"{config.attack}{steps}{config.attack_radius:g}")
     if not config.strip_reasoning:
         parts.append("reasoning")
     if config.trigger is not None:  # a directory's name cannot contain every text
@@ -67,21 +70,28 @@ def save_results(result: SuiteResult, root: Path, about: Mapping[str, Any] | Non
     """
     directory = root / result.suite.name / settings_label(result.config, result.template)
     summary = {**_head(result.suite, result.config, result.template, about), **result.as_json()}
-    contents = {f"predictions-{_pass_name(name)}.jsonl": _predictions(result, name) for name in result.answers}
-    if result.attack is not None:
-        contents |= {f"trigger-{_pass_name(name)}.jsonl": _attacked(result, name) for name in result.attack.answers}
+    files = {f"predictions-{_pass_name(name)}.jsonl": _predictions(result, name) for name in result.answers}
+    if result.triggered is not None:
+        files |= {f"trigger-{_pass_name(name)}.jsonl": _triggered(result, name) for name in result.triggered.answers}
+    write_results(directory, summary, files)
+    return directory
+
+
+def write_results(
+    directory: Path, summary: Mapping[str, Any], files: Mapping[str, Iterable[Mapping[str, Any]]]
+) -> None:
+    """Write the results of a suite and its files of predictions, by name, and list them. Raises StorageError."""
     with _storing(directory):
         directory.mkdir(parents=True, exist_ok=True)
         # Without results.json these predictions count as incomplete.
         earlier_files = list(manifest.recorded(directory))
         for name in earlier_files:
             (directory / name).unlink(missing_ok=True)
-        manifest.record(directory, [RESULTS, *contents], removed=earlier_files)
-        for file, records in contents.items():
-            lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        manifest.record(directory, [RESULTS, *files], removed=earlier_files)
+        for file, predictions in files.items():
+            lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
             atomic_write(directory / file, "".join(lines))
         atomic_write(directory / RESULTS, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    return directory
 
 
 def load_results(
@@ -90,23 +100,33 @@ def load_results(
     """Return the object of ``--json`` that was saved for the same suite, settings and ``about``, None if none was."""
     head = _head(suite, config, template, about)
     directory = root / suite.name / settings_label(config, template)
+    saved = load_summary(directory, head)
+    if saved is None:
+        return None
+    passes = len(saved[config.metrics[0]]["seeds"])
+    kinds = ("predictions",) if config.trigger is None else ("predictions", "trigger")
+    return None if any(len([*directory.glob(f"{kind}-*.jsonl")]) < passes for kind in kinds) else saved
+
+
+def load_summary(directory: Path, head: Mapping[str, Any], files: Iterable[str] = ()) -> dict[str, Any] | None:
+    """Return the saved results without ``head``; None if they have another one, or one of the files is missing."""
     try:
         saved = json.loads((directory / RESULTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(saved, dict) or any(saved.get(key) != value for key, value in head.items()):
         return None
-    passes = len(saved[config.metrics[0]]["seeds"])
-    kinds = ("predictions",) if config.trigger is None else ("predictions", "trigger")
-    if any(len([*directory.glob(f"{kind}-*.jsonl")]) < passes for kind in kinds):
+    if not all((directory / file).is_file() for file in files):
         return None
     return {key: value for key, value in saved.items() if key not in head}
 
 
 def _head(suite: Suite, config: schema.EvalConfig, template: str, about: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the first keys of ``results.json``: the suite, ``about``, and all settings that affect the responses."""
-    left_out = {"suites", "report_rows", "batch_size"} | ({"trigger", "target"} if config.trigger is None else set())
-    settings = config.model_dump(mode="json", exclude=left_out)
+    unused = {"suites", "report_rows", "batch_size"} | ({"trigger", "target"} if config.trigger is None else set())
+    if config.attack == "none":
+        unused |= {"attack", "attack_radius", "attack_steps"}
+    settings = config.model_dump(mode="json", exclude=unused)
     head = {"suite": suite.name, "source": suite.source, **(about or {})}
     return {**head, "settings": {**settings, "template": template}}
 
@@ -128,9 +148,9 @@ def _predictions(result: SuiteResult, name: str) -> Iterator[dict[str, Any]]:
         }
 
 
-def _attacked(result: SuiteResult, name: str) -> Iterator[dict[str, Any]]:
+def _triggered(result: SuiteResult, name: str) -> Iterator[dict[str, Any]]:
     """Yield a line per row with a trigger."""
-    attack = result.attack
+    attack = result.triggered
     assert attack is not None
     assert result.config.target is not None
     for row, prompt, references, answer in zip(

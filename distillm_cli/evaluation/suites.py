@@ -10,10 +10,12 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distillm_cli.config.schema import ColumnsConfig, Recipe
+from distillm_cli.config.schema import ColumnsConfig, DataConfig, Recipe
 from distillm_cli.data.files import stem_of
 from distillm_cli.data.known import find_dataset
-from distillm_cli.data.sources import Row, Rows, load_rows, path_kind, user_path
+from distillm_cli.data.sentences import ROWS_OR_PAIRS, is_pair_suite, scored_pairs
+from distillm_cli.data.sources import Row, Rows, Split, load_rows, path_kind, user_path
+from distillm_cli.errors import DataError
 from distillm_cli.training.events import Listener, silent
 
 HELD_OUT = "held-out"
@@ -31,6 +33,11 @@ class Suite:
     rows: list[Row]
     source: str
     skipped: tuple[str, ...] = ()
+
+    @property
+    def is_pairs(self) -> bool:
+        """Return whether its rows are sentence pairs with scores, for embeddings."""
+        return is_pair_suite(self.rows)
 
     def select(self, indices: SequenceOf[int]) -> Suite:
         """Return the suite with these rows only."""
@@ -60,12 +67,25 @@ def load_suite(name: str, recipe: Recipe, listener: Listener = silent) -> Suite:
     if find_dataset(name) is not None:  # the recipe's columns are those of its own data
         changes["columns"] = ColumnsConfig()
     data = recipe.data.model_copy(update=changes)
-    return _suite(short_name(name), load_rows(data, "test", listener=listener, limit=recipe.eval.limit))
+    return _suite(short_name(name), _load(data, "test", recipe, listener))
 
 
 def held_out(recipe: Recipe, listener: Listener = silent) -> Suite:
     """Load the validation rows of the recipe's own data, at most ``data.valid_limit`` and ``eval.limit`` of them."""
-    return _suite(HELD_OUT, load_rows(recipe.data, "valid", listener=listener, limit=recipe.eval.limit))
+    return _suite(HELD_OUT, _load(recipe.data, "valid", recipe, listener))
+
+
+def _load(data: DataConfig, split: Split, recipe: Recipe, listener: Listener) -> Rows:
+    """Load prompts with references, or scored sentence pairs. Raises DataError for a mixture of both."""
+    rows = load_rows(data, split, listener=listener, limit=recipe.eval.limit, form=ROWS_OR_PAIRS)
+    if scored_pairs(rows) and not is_pair_suite(rows):
+        raise DataError(
+            "data.mixed_rows",
+            f"{rows.name}: {len(scored_pairs(rows)):,} of {len(rows):,} rows are sentence pairs, the others are not",
+            where=str(rows.path) if rows.path else None,
+            hint="put the pairs into a file of their own",
+        )
+    return rows
 
 
 def distinct(suites: Iterable[Suite]) -> list[Suite]:

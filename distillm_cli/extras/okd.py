@@ -12,10 +12,10 @@ On student outputs, whose tokens are not labels, neither side has a cross-entrop
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,23 +23,24 @@ from torch import Tensor
 from distillm_cli.config.extras import OKDConfig
 from distillm_cli.config.schema import AdapterConfig
 from distillm_cli.losses.divergences import KL
-from distillm_cli.losses.extra import StudentPass, TrainedTeacher
+from distillm_cli.losses.extra import StudentPass, TrainedTeacher, with_cross_entropy
 from distillm_cli.losses.fused import fused_loss
 from distillm_cli.losses.objectives import STUDENT_OUTPUTS
+from distillm_cli.losses.student_loss import concatenate
 from distillm_cli.losses.weights import CROSS_ENTROPY, LossWeights
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.lora import Adapter
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.training.state import RunInfo
 from distillm_cli.types import Batch, Sequence, collate
 
 _SEED = 0x6F6B64  # added to the run's seed, so that the adapter does not start with the student's random numbers
+_DIRECTORY = "teacher"  # of the adapter in a checkpoint
 
 
 class OKD(TrainedTeacher):
     """Train a LoRA adapter in the teacher. config: the recipe's ``okd`` section, with a rank."""
-
-    teacher: Backbone
 
     def __init__(self, teacher: Backbone, config: OKDConfig, *, seed: int):
         assert config.rank is not None
@@ -50,6 +51,12 @@ class OKD(TrainedTeacher):
         self.config = config
         self.lr_ratio = config.lr_ratio
 
+    @property
+    def adapter(self) -> Adapter:
+        """Return the adapter that is trained."""
+        assert self.teacher.adapter is not None
+        return self.teacher.adapter
+
     def train(self, mode: bool = True) -> OKD:
         """Keep the teacher in evaluation mode: it is frozen, and its adapter has no dropout."""
         super().train(mode)
@@ -58,25 +65,19 @@ class OKD(TrainedTeacher):
 
     def hidden(self, batches: SequenceOf[Batch]) -> Tensor:
         with torch.autocast(batches[0].ids_BT.device.type, enabled=False):  # as for a frozen teacher
-            return torch.cat([self.teacher.hidden(batch) for batch in batches])
+            return concatenate([self.teacher.hidden(batch) for batch in batches])
 
     def student_weights(self, weights: LossWeights, source: Source) -> LossWeights:
         ce = 0.0 if source in STUDENT_OUTPUTS else self.config.ce
         return replace(weights, ce=weights.ce + ce)
 
+    def loss_name(self, name: str) -> str:
+        return with_cross_entropy(name) if self.config.ce else name
+
     def loss(self, done: StudentPass) -> Tensor | None:
         ce = 0.0 if done.source in STUDENT_OUTPUTS else 1.0
-        if done.teacher_hidden_ND is None or not (ce or self.config.weight):
-            return None
-        return fused_loss(
-            done.teacher_hidden_ND,
-            self.teacher.head(),
-            done.targets_N,
-            weights=LossWeights(kd=self.config.weight, ce=ce, divergence=KL()),
-            teacher_hidden_ND=done.hidden_ND.detach(),
-            teacher_head=done.student.head(),
-            scale=done.scale,
-        )
+        weights = LossWeights(kd=self.config.weight, ce=ce, divergence=KL())
+        return self.own_loss(done, weights)
 
     def measure(self, batches: SequenceOf[SequenceOf[Sequence]], run: RunInfo) -> dict[str, float]:
         """Return the teacher's cross-entropy and its drift KL(p₀ ‖ p) from the model without adapter, nats per token."""
@@ -84,7 +85,7 @@ class OKD(TrainedTeacher):
         for sequences in batches:
             batch = collate(sequences).to(run.device)
             hidden_ND = self.hidden([batch])
-            with self._without_adapter():
+            with self.adapter.disabled():
                 start_ND = self.hidden([batch])
             head = self.teacher.head()
             loss += fused_loss(hidden_ND, head, batch.targets_N, weights=CROSS_ENTROPY).item()
@@ -99,9 +100,14 @@ class OKD(TrainedTeacher):
             tokens += batch.tokens
         return {"teacher_loss": loss / tokens, "teacher_drift": drift / tokens} if tokens else {}
 
-    @contextmanager
-    def _without_adapter(self) -> Iterator[None]:
-        """Use the teacher without its adapter inside the block."""
-        assert self.teacher.adapter is not None
-        with self.teacher.adapter.disabled():
-            yield
+    def start_weights(self) -> Mapping[str, Tensor]:
+        """Return the adapter that changes nothing: its second factor B is 0."""
+        state = {name: weight.detach().to("cpu", copy=True) for name, weight in self.teacher.state().items()}
+        return {name: weight.zero_() if ".lora_B." in name else weight for name, weight in state.items()}
+
+    def save_weights(self, directory: Path) -> None:
+        (directory / _DIRECTORY).mkdir()
+        self.adapter.save(directory / _DIRECTORY)
+
+    def load_weights(self, directory: Path) -> None:
+        self.teacher.load_state(self.adapter.read(directory / _DIRECTORY))

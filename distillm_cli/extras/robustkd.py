@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from distillm_cli.config.extras import RobustKDConfig
 from distillm_cli.errors import START_OVER, CheckpointError, UsageError
 from distillm_cli.extras import MASK_FILE
-from distillm_cli.losses.extra import Extra, StudentPass, TrainedTeacher
+from distillm_cli.losses.extra import Extra, StudentPass, TeacherPass
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.blocks import BlockOutputs, blocks_of, real_positions, supervised_positions
 from distillm_cli.training.state import RunInfo
@@ -140,14 +140,12 @@ class MaskTraining(Extra):
         return detoxified(states_BTD, self.logits_KD[index].sigmoid(), self.feature_KD[index])
 
 
-class RobustKD(TrainedTeacher):
+class RobustKD(TeacherPass):
     """Mask the blocks of a frozen teacher, and connect the student's blocks to them.
 
     masks: m and d [K, D], which stay constant. The masks are in effect for every use of the teacher until ``release``.
     """
 
-    teacher: Backbone
-    trains_teacher = False
     mask_KD: Tensor
     feature_KD: Tensor
 

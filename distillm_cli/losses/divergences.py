@@ -164,6 +164,11 @@ class DivergenceEntry:
         return whole.halves()[half] == (1.0, whole)
 
     @property
+    def depends_on_targets(self) -> bool:
+        """Return whether the divergence treats the supervised token differently from others."""
+        return self.divergence.for_tokens is not Divergence.for_tokens
+
+    @property
     def has_own_objective(self) -> bool:
         return self.objective is not None
 

@@ -14,19 +14,25 @@ which ``extras.build_extras`` calls.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from distillm_cli.losses.weights import LossWeights
+from distillm_cli.losses.fused import fused_loss
+from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LanguageModel
 from distillm_cli.training.state import RunInfo
 from distillm_cli.types import Batch, LengthGroups, Sequence
+
+if TYPE_CHECKING:
+    from distillm_cli.models.backbone import Backbone
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +53,8 @@ class StudentPass:
 
     hidden_ND: the student's states at the supervised positions, with their graph. teacher_hidden_ND: the teacher's, with
     a graph if it is trained; None if the objective does not need them. weights: of the objective. scale: 1 / the step's
-    count of tokens. drawn: what ``begin_step`` returned for this micro-batch.
+    count of tokens. drawn: what ``begin_step`` returned for this micro-batch. shares_N: 1/n for a token of a response of n
+    tokens, with ``reduction: sequence``; None if every token has the same weight.
     """
 
     student: LanguageModel
@@ -59,6 +66,7 @@ class StudentPass:
     weights: LossWeights
     scale: float
     drawn: Any
+    shares_N: Tensor | None = None
 
 
 class Extra(nn.Module):
@@ -79,6 +87,10 @@ class Extra(nn.Module):
         """Return the weights of the objective on a micro-batch of this source."""
         return weights
 
+    def loss_name(self, name: str) -> str:
+        """Return the name of the student's loss, from that of the objective."""
+        return name
+
     def loss(self, done: StudentPass) -> Tensor | None:
         """Return the loss of a micro-batch with its graph, already scaled by its share of the step; None without one."""
         return None
@@ -96,6 +108,12 @@ class Extra(nn.Module):
 
     def release(self) -> None:
         """Undo what the extra has changed in the models of the run, such as hooks. It is not used afterwards."""
+
+    def save_weights(self, directory: Path) -> None:
+        """Write the weights that a checkpoint keeps together with the student's, also the checkpoint of the best step."""
+
+    def load_weights(self, directory: Path) -> None:
+        """Restore what ``save_weights`` wrote into a checkpoint's directory."""
 
     def export(self, directory: Path) -> None:
         """Write what the output directory keeps of this extra."""
@@ -119,18 +137,67 @@ class Extra(nn.Module):
             current[name].copy_(tensor)
 
 
-class TrainedTeacher(Extra):
-    """Compute the teacher's states in the forward pass, usually because parameters of the teacher are trained.
+def with_cross_entropy(name: str) -> str:
+    """Return the name of an objective's loss with an additional cross-entropy: "CE + kl"."""
+    return name if name.startswith("CE") else f"CE + {name}"
 
-    teacher: the model, with the parameters that are trained.
-    """
 
-    trains_teacher = True
+class TeacherPass(Extra):
+    """Compute the teacher's states in training, within the forward pass of ``StudentLoss``. teacher: the model."""
 
-    def __init__(self, teacher: nn.Module):
+    def __init__(self, teacher: Backbone):
         super().__init__()
         self.teacher = teacher
 
     def hidden(self, batches: SequenceOf[Batch]) -> Tensor:
-        """Return the teacher's states at the supervised positions, with a graph."""
+        """Return the teacher's states at the supervised positions, with a graph if the teacher is trained."""
         raise NotImplementedError
+
+
+class TrainedTeacher(TeacherPass):
+    """Train parameters of the teacher.
+
+    in_training_precision: it computes as the student does, under autocast, and not in a dtype of its own.
+    """
+
+    trains_teacher = True
+    in_training_precision = False
+
+    def own_loss(
+        self, done: StudentPass, weights: LossWeights, *, matmul_dtype: torch.dtype | None = None
+    ) -> Tensor | None:
+        """Return the teacher's loss of a micro-batch, with the student's distribution as a constant; None if it is 0.
+
+        The divergence of ``weights`` is D(student, teacher). matmul_dtype: of the teacher's head, as in ``fused_loss``.
+        """
+        if done.teacher_hidden_ND is None or not (weights.kd or weights.ce):
+            return None
+        return fused_loss(
+            done.teacher_hidden_ND,
+            self.teacher.head(),
+            done.targets_N,
+            weights=weights,
+            teacher_hidden_ND=done.hidden_ND.detach() if weights.kd else None,
+            teacher_head=done.student.head() if weights.kd else None,
+            token_weights=TokenWeights(weights_N=done.shares_N),
+            matmul_dtype=matmul_dtype,
+            scale=done.scale,
+        )
+
+    def start_weights(self) -> Mapping[str, Tensor]:
+        """Return the values from before training of what ``teacher.state()`` returns, on the CPU."""
+        raise NotImplementedError
+
+    @contextmanager
+    def with_start_weights(self) -> Iterator[None]:
+        """Give the teacher its weights from before training inside the block, and its current ones afterwards."""
+        weights = dict(self.start_weights())
+        self.teacher.swap_state(weights)
+        try:
+            yield
+        finally:
+            self.teacher.swap_state(weights)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return nothing: the teacher's weights are files of the checkpoint (``save_weights``)."""
+        return {}

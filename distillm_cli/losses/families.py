@@ -2,7 +2,8 @@
 
 They are KL and reverse KL mixed by the location of the gap (``akl``), the family between KL and its reverse (``ab``), a
 divergence to an assistant between teacher and student (``amid``), KL to a target that moves to the teacher (``taid``),
-and KL with the supervised token separated (``atkd``). Value and h = ∂D/∂log q are defined as in ``divergences``.
+and KL with the supervised token separated (``atkd``). ``Tempered`` softens the distributions of any divergence. Value and
+h = ∂D/∂log q are defined as in ``divergences``.
 """
 
 from __future__ import annotations
@@ -387,3 +388,29 @@ class Decoupled(Divergence):
 
         lowest = -0.25 * torch.finfo(rows.z_NV.dtype).max
         return TokenDistributions(rows.z_NV.scatter(-1, targets_N1, lowest), has_zeros=rows.has_zeros)
+
+
+@dataclass(frozen=True)
+class Tempered(Divergence):
+    """Compute T²·D(p_T, q_T) between the distributions at logits / T (Hinton et al. 2015, arXiv 1503.02531).
+
+    The factor keeps the size of the gradient in the logits about independent of T.
+    """
+
+    inner: Divergence
+    temperature: float
+
+    def for_tokens(self, targets_N: Tensor, divergence_args_N: Tensor | None) -> Tempered:
+        return Tempered(self.inner.for_tokens(targets_N, divergence_args_N), self.temperature)
+
+    def mirror(self) -> Tempered:
+        return Tempered(self.inner.mirror(), self.temperature)
+
+    def between(self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True) -> ValueAndGrad:
+        T = self.temperature
+        soft_p, soft_q = (TokenDistributions(rows.z_NV / T, has_zeros=rows.has_zeros) for rows in (p, q))
+        value_N, h_NV = self.inner.between(soft_p, soft_q, with_grad)
+        if h_NV is not None:
+            # The gradient in q's logits, T (h − q_T Σ h), sums to 0 over the vocabulary, so that it is also an h for q.
+            h_NV = logit_grad(h_NV, soft_q.prob_NV).mul_(T)
+        return value_N * T**2, h_NV

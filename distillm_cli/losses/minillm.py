@@ -15,7 +15,7 @@ Differences to the sources: the paper prints 1/(T − t − 1) for a mean of T �
 authors' code (microsoft/LMOps, minillm/losses.py) also clips ρ against the sampler, but it includes r at t itself in A,
 standardizes A over the batch and does not weight the exact part with w. This module follows the paper's formulas.
 
-Shape letters: N supervised tokens of a micro-batch; 3 log-probabilities of each (see ``rollouts.mixture``).
+Shape letters: N supervised tokens of a micro-batch; 3 log-probabilities of each (see ``types.Rollout``).
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ from distillm_cli.config.schema import ObjectiveConfig
 from distillm_cli.losses.divergences import KL
 from distillm_cli.losses.objectives import KD, STUDENT_OUTPUTS, SourceBatch, TokenLogProbs
 from distillm_cli.losses.weights import LossWeights, TokenWeights
-from distillm_cli.rollouts.mixture import LOG_DRAWN, LOG_P, LOG_Q
 from distillm_cli.rollouts.scheduler import Source
-from distillm_cli.types import Rollout, Sequence
+from distillm_cli.types import LOG_DRAWN, LOG_P, LOG_Q, Rollout, Sequence
 
 
 @dataclass(frozen=True, eq=False)

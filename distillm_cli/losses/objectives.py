@@ -81,6 +81,10 @@ class Objective:
     rows_beside: bool = False
     # Whether a token of a response of n tokens has weight 1/n, and sums are divided by the number of sequences.
     per_sequence: bool = False
+    # Whether training has a loss of the student's head. Without it, extras have the whole loss.
+    has_loss: bool = True
+    # Name of the validation loss.
+    valid_name: str = "CE"
 
     def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
         """Return the loss of a token of this source once ``progress`` (0 to 1) of the run is done."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distillm_cli.losses.extra import Extra, MicroRows, StudentPass, TrainedTeacher
+from distillm_cli.losses.extra import Extra, MicroRows, StudentPass, TeacherPass, TrainedTeacher
 from distillm_cli.losses.fused import HeadLike, fused_loss, target_log_probs
 from distillm_cli.losses.objectives import Objective, TokenLogProbs
 from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
@@ -51,13 +52,17 @@ class StudentLoss(nn.Module):
         self.chunk: int | None = None  # tokens per chunk of the loss; None until memory runs out
         # A function, so that a teacher head that is a Module does not become a submodule that is trained and saved.
         self._teacher_head = lambda: teacher_head
-        self.extras = nn.ModuleDict(extras or {})
-        self._trained_teacher = next((e for e in self.extras.values() if isinstance(e, TrainedTeacher)), None)
+        self.extras: Mapping[str, Extra] = nn.ModuleDict(extras or {})  # type: ignore[assignment]  # it has Modules
 
     @property
-    def computes_teacher_hidden(self) -> bool:
-        """Return whether ``forward`` computes the teacher's states in training, since the teacher is trained too."""
-        return self._trained_teacher is not None
+    def teacher_pass(self) -> TeacherPass | None:
+        """Return the extra by which ``forward`` computes the teacher's states in training; None if the caller does."""
+        return next((extra for extra in self.extras.values() if isinstance(extra, TeacherPass)), None)
+
+    @property
+    def trained_teacher(self) -> TrainedTeacher | None:
+        """Return the extra that trains the teacher; None if the teacher is frozen."""
+        return next((extra for extra in self.extras.values() if isinstance(extra, TrainedTeacher)), None)
 
     def trained_parts(self) -> list[list[nn.Parameter]]:
         """Return the parameters of the student's side and, if there are any, those of the teacher's side.
@@ -94,6 +99,21 @@ class StudentLoss(nn.Module):
             figures |= extra.figures()
         return figures
 
+    def save_extra_weights(self, directory: Path) -> None:
+        """Write the weights of the extras that belong to the student's into a checkpoint's directory."""
+        for extra in self.extras.values():
+            extra.save_weights(directory)
+
+    def load_extra_weights(self, directory: Path) -> None:
+        """Restore what ``save_extra_weights`` wrote."""
+        for extra in self.extras.values():
+            extra.load_weights(directory)
+
+    def export_extras(self, directory: Path) -> None:
+        """Write what the output directory keeps of the extras."""
+        for extra in self.extras.values():
+            extra.export(directory)
+
     def extra_tensors(self) -> dict[str, Tensor]:
         """Return the trained state of the extras for a checkpoint, as ``extras.NAME.TENSOR``."""
         return {
@@ -128,30 +148,33 @@ class StudentLoss(nn.Module):
         With ``reduction: sequence`` a token of a response of n tokens has weight 1/n in training.
         """
         token_weights = token_weights or NO_WEIGHTS
+        shares_N = None
         if self.criterion.per_sequence and self.training:
-            shares_N = torch.cat([_shares_N(batch) for batch in batches])
+            shares_N = torch.cat([sequence_shares(batch) for batch in batches])
             weights_N = token_weights.weights_N
             token_weights = replace(token_weights, weights_N=shares_N if weights_N is None else shares_N * weights_N)
         targets_N = torch.cat([batch.targets_N for batch in batches])
         extras = self.extras if self.training else {}
         for extra in extras.values():
             weights = extra.student_weights(weights, source)
-        if self.training and self._trained_teacher is not None:
-            teacher_hidden_ND = self._trained_teacher.hidden(batches)
+        if self.training and self.teacher_pass is not None:
+            teacher_hidden_ND = self.teacher_pass.hidden(batches)
         hidden_ND, balance = self._hidden(batches)
-        total = fused_loss(
-            hidden_ND,
-            self.student.head(),
-            targets_N,
-            weights=weights,
-            teacher_hidden_ND=teacher_hidden_ND.detach() if weights.kd and teacher_hidden_ND is not None else None,
-            teacher_head=self._teacher_head() if weights.kd else None,
-            token_weights=token_weights,
-            matmul_dtype=self.matmul_dtype,
-            chunk=self.chunk,
-            on_halved=self._remember_chunk,
-            scale=scale,
-        )
+        total = torch.zeros((), device=hidden_ND.device)
+        if self.criterion.has_loss or not self.training:
+            total = fused_loss(
+                hidden_ND,
+                self.student.head(),
+                targets_N,
+                weights=weights,
+                teacher_hidden_ND=teacher_hidden_ND.detach() if weights.kd and teacher_hidden_ND is not None else None,
+                teacher_head=self._teacher_head() if weights.kd else None,
+                token_weights=token_weights,
+                matmul_dtype=self.matmul_dtype,
+                chunk=self.chunk,
+                on_halved=self._remember_chunk,
+                scale=scale,
+            )
         if balance is not None:
             total = total + balance * (self.router_aux * scale)
         for name, extra in extras.items():
@@ -165,6 +188,7 @@ class StudentLoss(nn.Module):
                 weights=weights,
                 scale=scale,
                 drawn=(drawn or {}).get(name),
+                shares_N=shares_N,
             )
             own = extra.loss(done)
             if own is not None:
@@ -219,7 +243,7 @@ class StudentLoss(nn.Module):
         )
 
 
-def _shares_N(batch: Batch) -> Tensor:
+def sequence_shares(batch: Batch) -> Tensor:
     """Return for each token 1/n, with n the tokens of its response."""
     lengths_B = torch.bincount(batch.rows_N, minlength=batch.size)
     return 1.0 / lengths_B[batch.rows_N]

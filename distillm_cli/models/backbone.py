@@ -5,7 +5,8 @@ Shape letters: B sequences, T time, N supervised positions, V vocabulary, D widt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -36,7 +37,7 @@ from distillm_cli.models.generation.decoding_checks import (
 from distillm_cli.models.generation.working_copy import working_copy
 from distillm_cli.models.model_families import context_of, head_scale_and_cap
 from distillm_cli.models.router import RouterLoss, attention_mask
-from distillm_cli.types import Batch
+from distillm_cli.types import Batch, Embedded, Sequence, collate
 from distillm_cli.utils.modules import eval_mode
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 # Random models have logits too small to reveal a soft cap, so the head is also checked at this magnitude.
 _PROBE = 50.0
+_PROBE_TOKENS = 8  # for the check of input embeddings
 
 # Functions of transformers that are skipped: they synchronize the accelerator for each batch without effect.
 _FIND_PACKED_SEQUENCES = "find_packed_sequence_indices"
@@ -214,6 +216,64 @@ class Backbone(nn.Module):
             states = self.trunk(input_ids=batch.ids_BT, attention_mask=None, use_cache=False)[0]
         return states.flatten(0, 1).index_select(0, batch.positions_N)
 
+    def token_embeddings(self, ids: torch.Tensor, *, decoder: bool = False) -> torch.Tensor:
+        """Return the input embeddings of token ids, as the trunk scales them. decoder: of an encoder-decoder's decoder."""
+        if not self.is_encoder_decoder:
+            return self.model.get_input_embeddings()(ids)
+        part = self.model.get_decoder() if decoder else self.model.get_encoder()
+        return part.get_input_embeddings()(ids)
+
+    def embed(self, batch: Batch) -> Embedded:
+        """Return the input embeddings that the trunk looks up for a batch, with their graph."""
+        if not self.is_encoder_decoder:
+            return Embedded(self.token_embeddings(batch.ids_BT), batch.positions_N)
+        parts = seq2seq.split_batch(batch, self.start)
+        return Embedded(
+            self.token_embeddings(parts.ids_BS),
+            parts.positions_N,
+            mask_BT=parts.mask_BS,
+            decoder_BRD=self.token_embeddings(parts.decoder_ids_BR, decoder=True),
+        )
+
+    def hidden_of(self, embedded: Embedded) -> torch.Tensor:
+        """Return `hidden` of input embeddings, computed by transformers' forward at every position.
+
+        Equal to `hidden` for the result of `embed`, which `check_embeddings` tests.
+        """
+        if self.is_encoder_decoder:
+            found = seq2seq.states_of(self.model, embedded, own_logits=self.own_logits)
+        else:
+            inputs = {"inputs_embeds": embedded.inputs_BTD, "attention_mask": None, "use_cache": False}
+            with _no_packed_sequences():
+                found = self.model(**inputs).logits if self.own_logits else self.trunk(**inputs)[0]
+        found_ND = found.flatten(0, 1).index_select(0, embedded.positions_N)
+        return found_ND[:, : self.vocab].float() if self.own_logits else found_ND
+
+    @torch.no_grad()
+    def check_embeddings(self) -> None:
+        """Raise ModelError unless the model computes the same states from input embeddings as from token ids.
+
+        Some families use the ids elsewhere too, or scale embeddings only after looking them up.
+        """
+        half = max(1, min(_PROBE_TOKENS, self.context or _PROBE_TOKENS) // 2)
+        ids = np.arange(1, half + 1, dtype=np.int32) % self.vocab
+        batch = collate([Sequence(ids, ids), Sequence(ids[: max(1, half - 1)], ids)]).to(self.device)
+        with eval_mode(self.model), torch.autocast(self.device.type, enabled=False):
+            try:
+                agrees = logits_match(self.hidden_of(self.embed(batch)), self.hidden(batch), self.model.dtype)
+                reason = "its states differ"
+            except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
+                agrees = False
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        if not agrees:
+            kind = self.model.config.model_type
+            raise ModelError(
+                "model.no_input_embeddings",
+                f"{kind} models cannot run on input embeddings ({reason})",
+                where=self.model.config.name_or_path or kind,
+                hint="turn off data.mixup, objective.input_gradient, train.adversarial and --attack for this model",
+            )
+
     def _apply(self, fn: Callable, recurse: bool = True) -> Backbone:
         self._cpu_forward.forget_weights()  # the weights are about to be replaced
         return super()._apply(fn, recurse)
@@ -284,7 +344,7 @@ class Backbone(nn.Module):
         return self._may_be_padded[1]
 
     def decode(
-        self, prompts: Sequence[np.ndarray]
+        self, prompts: SequenceOf[np.ndarray]
     ) -> FastDecoding | PlainDecoding | LengthGroupedDecoding | seq2seq.Seq2SeqDecoding:
         """Start decoding these prompts (token ids, one array each, at least one token) in one batch.
 
@@ -306,7 +366,7 @@ class Backbone(nn.Module):
             return PlainDecoding(model, prompts)
         return FastDecoding(model, prompts, step=self._fast_paths.step)
 
-    def decode_blocks(self, prompts: Sequence[np.ndarray]) -> BlockDecoding | None:
+    def decode_blocks(self, prompts: SequenceOf[np.ndarray]) -> BlockDecoding | None:
         """Start decoding with blocks of tokens that can be removed; None if the model does not support it."""
         if self._can_retract is None:
             self._can_retract = not self.is_encoder_decoder and can_retract(self)

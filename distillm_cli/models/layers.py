@@ -4,6 +4,7 @@ layers:6         six of them, evenly spaced, the first and the last included
 layers:6:first   the first six; layers:6:last the last six
 layers:0,3,7     these, counted from 0
 layers:all       every one: the teacher itself, in float32
+shared:3x2       the first three, which run twice with the same weights (``models/shared.py``)
 """
 
 from __future__ import annotations
@@ -15,21 +16,29 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from distillm_cli.config.student_spec import FORMS, parse_student
+from distillm_cli.config.student_spec import FORMS, SharedLayers, StudentSpec, parse_student
 from distillm_cli.errors import ModelError, UsageError, out_of_memory
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.composite import check_causal_class
 from distillm_cli.models.model_families import family_of
-from distillm_cli.models.students import heads_are_tied, set_dropout, with_layers
+from distillm_cli.models.shared import check_can_swap, share_layers
+from distillm_cli.models.students import build_trunk, heads_are_tied, set_dropout, with_layers
 from distillm_cli.utils.text import counted
 
 
 def chosen_layers(text: str, depth: int) -> list[int]:
-    """Return the layers, of ``depth``, that ``layers:…`` names: ascending, counted from 0. Raises UsageError.
+    """Return the layers, of ``depth``, that ``layers:…`` or ``shared:…`` names: counted from 0. Raises UsageError.
 
-    Evenly spaced: i·(depth−1)/(n−1), rounded half up, i from 0 to n−1; of one layer, the first.
+    Ascending; of ``shared:…``, once for each pass. Evenly spaced: i·(depth−1)/(n−1), rounded half up, i from 0 to n−1; of
+    one layer, the first.
     """
     spec = parse_student(text)
+    if isinstance(spec, SharedLayers):
+        stored = spec.stored(depth)
+        if stored > depth:
+            what = f"{text}: the teacher has {counted(depth, 'layer')}"
+            raise UsageError("usage.invalid_layers", what, hint=f"give 1 to {depth}")
+        return list(range(stored)) * spec.passes
     if spec.indices is not None:
         highest = max(spec.indices)
         if highest >= depth:
@@ -64,14 +73,8 @@ def build_from_layers(spec: str, teacher: Backbone, *, dropout: float | None = N
     the teacher, ModelError for a family whose layers cannot be selected, and for an encoder-decoder, which has two
     stacks.
     """
-    if teacher.is_encoder_decoder:
-        kind = teacher.model.config.model_type
-        raise ModelError(
-            "model.cannot_take_layers",
-            f"cannot copy layers of a {kind} teacher: an encoder-decoder has two stacks of layers",
-            where=spec,
-            hint=f"use a smaller model of the family, or --student random:{kind}:2x64",
-        )
+    parsed = parse_student(spec)
+    check_can_copy(spec, parsed, teacher.model.config)
     text = teacher.model.config.get_text_config()
     keep = chosen_layers(spec, text.num_hidden_layers)
     if family_of(text.model_type).layers_depend_on_index and keep != list(range(len(keep))):
@@ -84,11 +87,59 @@ def build_from_layers(spec: str, teacher: Backbone, *, dropout: float | None = N
     _copy_weights(
         model, teacher.model, Backbone(model, teacher.tokenizer, teacher.vocab).trunk, teacher.trunk, keep, spec
     )
-    if getattr(text, "scale_attn_by_inverse_layer_idx", False):
+    if isinstance(parsed, SharedLayers):
+        trunk = Backbone(model, teacher.tokenizer, teacher.vocab).trunk
+        layers = trunk.get_submodule(_layers_of(trunk, config, spec))
+        share_layers(model, layers, parsed.stored(text.num_hidden_layers), swap=parsed.swap, where=spec)
+    elif getattr(text, "scale_attn_by_inverse_layer_idx", False):
         _move_attention_scales(model.get_decoder(), keep)
     if teacher.model.generation_config is not None:
         model.generation_config = copy.deepcopy(teacher.model.generation_config)
     return model.eval()
+
+
+def check_can_copy(text: str, spec: StudentSpec, config: PretrainedConfig) -> None:
+    """Raise ModelError if layers of a model with this config cannot be copied, or not be shared as requested."""
+    if config.is_encoder_decoder:
+        kind = config.model_type
+        raise ModelError(
+            "model.cannot_take_layers",
+            f"cannot copy layers of a {kind} teacher: an encoder-decoder has two stacks of layers",
+            where=text,
+            hint=f"use a smaller model of the family, or --student random:{kind}:2x64",
+        )
+    if not isinstance(spec, SharedLayers):
+        return
+    config = config.get_text_config()
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise _cannot_take_layers(config, text, "the scale of its attention depends on the layer's index")
+    if spec.swap:
+        check_can_swap(config, text)
+
+
+def build_trunk_from_layers(spec: str, teacher: PreTrainedModel, *, dropout: float | None = None) -> PreTrainedModel:
+    """Build a float32 model without a head from these layers of a teacher without a head, for sentence embeddings.
+
+    Raises UsageError and ModelError as ``build_from_layers``.
+    """
+    config = teacher.config
+    if config.is_encoder_decoder:
+        raise _cannot_take_layers(config, spec, "an encoder-decoder has two stacks of layers")
+    text = config.get_text_config()
+    keep = chosen_layers(spec, text.num_hidden_layers)
+    if family_of(text.model_type).layers_depend_on_index and keep != list(range(len(keep))):
+        raise _cannot_take_layers(text, spec, "the computation of its layers depends on their index")
+    if getattr(text, "scale_attn_by_inverse_layer_idx", False):
+        raise _cannot_take_layers(text, spec, "its attention depends on the index of the layer")
+    student_config = with_layers(text, keep, spec)
+    if dropout is not None:
+        set_dropout(student_config, dropout, where=spec)
+    student = build_trunk(student_config, seed=0, where=spec)
+    try:
+        student.load_state_dict(_kept_weights(teacher, config, keep, spec))
+    except RuntimeError as error:  # layers of several shapes, or one tensor for all layers
+        raise _cannot_take_layers(config, spec, str(error).splitlines()[-1].strip().rstrip(".")) from error
+    return student
 
 
 @torch.no_grad()
@@ -122,16 +173,7 @@ def _copy_weights(
 ) -> None:
     if student_trunk is None or teacher_trunk is None:
         raise _cannot_take_layers(teacher.config, spec, "it has no separate part before the head")
-    prefix = f"{_layers_of(teacher_trunk, teacher.config, spec)}."
-    new_index = {str(old): str(new) for new, old in enumerate(keep)}
-    weights = {}
-    for name, weight in teacher_trunk.state_dict().items():
-        if name.startswith(prefix):
-            old, _, rest = name.removeprefix(prefix).partition(".")
-            if old not in new_index:
-                continue
-            name = f"{prefix}{new_index[old]}.{rest}"
-        weights[name] = weight
+    weights = _kept_weights(teacher_trunk, teacher.config, keep, spec)
     head, teacher_head = student.get_output_embeddings(), teacher.get_output_embeddings()
     try:
         student_trunk.load_state_dict(weights)
@@ -142,6 +184,22 @@ def _copy_weights(
     unfilled = [name for name, p in student.named_parameters() if id(p) not in filled]
     if unfilled:
         raise _cannot_take_layers(teacher.config, spec, f"{unfilled[0]} is neither in the layers nor in the head")
+
+
+def _kept_weights(trunk: nn.Module, config: PretrainedConfig, keep: list[int], spec: str) -> dict[str, torch.Tensor]:
+    """Return the weights of a trunk with these of its layers, renumbered."""
+    prefix = f"{_layers_of(trunk, config, spec)}."
+    new_indices: dict[str, list[int]] = {}
+    for new, old in enumerate(keep):
+        new_indices.setdefault(str(old), []).append(new)
+    weights = {}
+    for name, weight in trunk.state_dict().items():
+        if name.startswith(prefix):
+            old, _, rest = name.removeprefix(prefix).partition(".")
+            weights |= {f"{prefix}{new}.{rest}": weight for new in new_indices.get(old, [])}
+        else:
+            weights[name] = weight
+    return weights
 
 
 def _layers_of(trunk: nn.Module, config: PretrainedConfig, spec: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoConfig,
     GenerationConfig,
@@ -57,19 +58,7 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
                 return load_config(base, revision=base_revision)
             except ModelError as error:
                 raise base_not_loaded(adapters[-1], base, error) from error
-    name, local = (path, True) if file else locate_model(path)
-    if local and not file:
-        manifest.check_files(Path(name), weights=False)
-        if not (Path(name) / "config.json").is_file():
-            hint = "pass a model directory: config.json, model.safetensors"
-            raise ModelError("model.no_config", f"{path} has no config.json", hint=hint)
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(
-                name, revision=revision, local_files_only=local, trust_remote_code=False
-            )
-        except Exception as error:  # a dozen types, by version; each of them means that the config is not usable
-            raise load_error("config", path, local, error) from error
+    config = read_config(path, revision=revision, file=file)
     try:
         depth = getattr(config.get_text_config(), "num_hidden_layers", None)
     except ValueError as error:  # several text models
@@ -88,9 +77,29 @@ def load_config(path: str, *, revision: str | None = None, file: bool = False) -
             what,
             hint=f"use a model with {MIN_CONTEXT} or more (max_position_embeddings in config.json)",
         )
+    if is_encoder(config):
+        raise _not_causal(path, config)
     architectures = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if config.is_encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) not in architectures and not is_composite(config):
         raise _not_causal(path, config)
+    return config
+
+
+def read_config(path: str, *, revision: str | None = None, file: bool = False) -> PretrainedConfig:
+    """Read the config of a model of any kind: of a directory, a hub name, or (``file``) a JSON file."""
+    name, local = (path, True) if file else locate_model(path)
+    if local and not file:
+        manifest.check_files(Path(name), weights=False)
+        if not (Path(name) / "config.json").is_file():
+            hint = "pass a model directory: config.json, model.safetensors"
+            raise ModelError("model.no_config", f"{path} has no config.json", hint=hint)
+    with quiet():
+        try:
+            config = AutoConfig.from_pretrained(
+                name, revision=revision, local_files_only=local, trust_remote_code=False
+            )
+        except Exception as error:  # a dozen types, by version; each of them means that the config is not usable
+            raise load_error("config", path, local, error) from error
     return config
 
 
@@ -282,8 +291,22 @@ def check_causal(path: str, model: PreTrainedModel) -> None:
         raise _not_causal(path, model.config)
 
 
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Return whether a config is of an encoder, such as BERT, whose states depend on the tokens on both sides."""
+    is_masked = (
+        type(config) in MODEL_FOR_MASKED_LM_MAPPING and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    )
+    return is_masked and not getattr(config, "is_decoder", False)
+
+
 def _not_causal(path: str, config: PretrainedConfig) -> ModelError:
     architecture = (config.architectures or [config.model_type])[0]
+    if is_encoder(config):
+        return ModelError(
+            "model.not_causal",
+            f"{path} is not a causal language model, but an encoder ({architecture})",
+            hint="encoders train by DisCo only (--method disco), and are scored on sentence pairs (eval --suite stsb)",
+        )
     return ModelError(
         "model.not_causal",
         f"{path} is not a causal language model ({architecture})",

@@ -12,16 +12,15 @@ import huggingface_hub
 
 from distillm_cli.config.student_spec import BUILTIN, BUILTIN_MODELS, is_built_without_file, is_on_hub
 from distillm_cli.errors import ModelError
-from distillm_cli.utils.storage import is_broken_link
+from distillm_cli.utils.storage import ASSETS, is_broken_link
 
 ADAPTER_CONFIG = "adapter_config.json"  # a directory with this file is an adapter
-_ASSETS = Path(__file__).resolve().parent.parent / "assets"
-BUILTIN_TEACHER = _ASSETS / BUILTIN_MODELS[BUILTIN]
+BUILTIN_TEACHER = ASSETS / BUILTIN_MODELS[BUILTIN]
 
 
 def locate_model(path: str) -> tuple[str, bool]:
     """Return the name for transformers, and whether it is a local directory. `builtin` is a model of this package."""
-    directory = _ASSETS / BUILTIN_MODELS[path] if path in BUILTIN_MODELS else Path(path).expanduser()
+    directory = ASSETS / BUILTIN_MODELS[path] if path in BUILTIN_MODELS else Path(path).expanduser()
     if directory.is_dir():
         return str(directory), True
     if directory.is_file():

@@ -11,14 +11,21 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.config import schema
-from distillm_cli.config.student_spec import ConfigFile, RandomModel, TeacherLayers, TeacherWidth, parse_student
+from distillm_cli.config.student_spec import (
+    ConfigFile,
+    RandomModel,
+    SharedLayers,
+    TeacherLayers,
+    TeacherWidth,
+    parse_student,
+)
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.chat_format import add_stop_tokens
 from distillm_cli.models.composite import freeze_rest
 from distillm_cli.models.devices import bf16_is_fast, resolve_device, resolve_dtype
-from distillm_cli.models.layers import build_from_layers
+from distillm_cli.models.layers import build_from_layers, check_can_copy
 from distillm_cli.models.loading import check_causal, load_backbone, load_config
 from distillm_cli.models.lora_targets import frozen_parts
 from distillm_cli.models.model_paths import adapter_chain, locate_model, portable_name
@@ -94,27 +101,37 @@ def load_pair(
     tokenizers: TokenizerCache | None = None,
     listener: Listener = silent,
 ) -> Pair:
-    """Load the recipe's teacher (frozen; none for `sft`) and student, in eval mode, with a shared tokenizer.
+    """Load the recipe's teacher (none for `sft`) and student, in eval mode, with a shared tokenizer.
+
+    The teacher is frozen, unless all of its weights are trained.
 
     `sft` also builds a student from the teacher if the recipe does. texts: the training texts, for a tokenizer that is
     trained on them. tokenizers: cache from which the models' tokenizers are read. Raises ModelError or UsageError.
     """
     tokenizers = tokenizers or TokenizerCache()
     if recipe.student.path is not None:
-        parse_student(recipe.student.path)  # a typing error is reported before a large teacher is loaded
+        _check_student(recipe)  # before a large teacher is loaded
     teacher, is_sft = None, recipe.method == "sft"
+    tokenizer = None
     if recipe.teacher.path is not None and not is_sft:
-        teacher = _load_teacher(recipe.teacher, device, listener, tokenizers)
+        if recipe.has_random_teacher:
+            tokenizer = _student_tokenizer(recipe.student, texts, tokenizers)
+            teacher = _build_teacher(recipe, tokenizer, device)
+        else:
+            teacher = _load_teacher(recipe, device, listener, tokenizers)
     student = create_student(
         recipe.student,
         seed=recipe.train.seed,
         device=device,
         teacher=_load_origin(recipe, listener) if is_sft else teacher,
         texts=texts,
+        tokenizer=None if recipe.student.tokenizer is None else tokenizer,
         tokenizers=tokenizers,
         max_length=recipe.data.max_length,
         listener=listener,
     )
+    if teacher is not None and recipe.has_random_teacher:
+        teacher.tokenizer = student.tokenizer
     if teacher is not None:
         check_architectures(teacher, student)
     for path, revision, tokenizer in _loaded_tokenizers(recipe, teacher, student):
@@ -140,31 +157,87 @@ def load_pair(
     return Pair(teacher, student, student.tokenizer, student.vocab, templates, stops)
 
 
+def _check_student(recipe: schema.Recipe) -> None:
+    """Raise UsageError for a malformed specification, ModelError for layers that the teacher's config shows not to fit."""
+    path = recipe.student.required_path
+    spec = parse_student(path)
+    if isinstance(spec, SharedLayers) and recipe.teacher.path is not None:
+        check_can_copy(path, spec, load_config(recipe.teacher.path, revision=recipe.teacher.revision))
+
+
 def _load_teacher(
-    teacher: schema.TeacherConfig,
+    recipe: schema.Recipe,
     device: torch.device,
     listener: Listener = silent,
     tokenizers: TokenizerCache | None = None,
+    *,
+    quantize: bool = True,
 ) -> Backbone:
-    dtype = resolve_dtype(teacher.dtype, device)
+    """Load the recipe's teacher: frozen, or in float32 and with the student's dropout if all of its weights are trained."""
+    teacher = recipe.teacher
     model = load_backbone(
         teacher.path,
-        dtype=dtype,
+        dtype=resolve_dtype(recipe.teacher_dtype, device),
         device=device,
         revision=teacher.revision,
-        quantize=teacher.quantize,
+        dropout=recipe.student.dropout if recipe.ctcd.enabled else None,
+        quantize=teacher.quantize if quantize else "none",
         tokenizers=tokenizers,
         listener=listener,
     )
-    model.requires_grad_(False)
+    if recipe.ctcd.enabled:
+        freeze_rest(model.model)
+    else:
+        model.requires_grad_(False)
     return model
+
+
+def _build_teacher(recipe: schema.Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Backbone:
+    """Build the teacher ``random:[FAMILY:]LAYERSxWIDTH``, by default of the family of a student that is loaded.
+
+    Its seed is the run's + 1, so that it does not start with the student's numbers.
+    """
+    student = recipe.student
+    with quiet():
+        model = build_random(
+            recipe.teacher.path,
+            tokenizer,
+            teacher_config=None if student.is_built else load_config(student.path, revision=student.revision),
+            max_length=recipe.data.max_length,
+            seed=recipe.train.seed + 1,
+            dropout=student.dropout,
+        )
+    return Backbone(model.to(device), tokenizer)
+
+
+def rebuild_teacher(recipe: schema.Recipe, pair: Pair) -> Backbone:
+    """Return the pair's trained teacher with its weights from before training, on the CPU."""
+    if recipe.has_random_teacher:
+        return _build_teacher(recipe, pair.tokenizer, torch.device("cpu"))
+    return _load_teacher(recipe, torch.device("cpu"))
+
+
+def _student_tokenizer(
+    student: schema.StudentConfig, texts: TrainingTexts | None, tokenizers: TokenizerCache
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a run without a loaded teacher: the configured one, else the student's own."""
+    tokenizer = _configured_tokenizer(student, texts)
+    if tokenizer is None and not student.is_built:
+        tokenizer = tokenizers.load(student.required_path, student.revision)
+    if tokenizer is None:
+        raise ModelError(
+            "model.no_tokenizer",
+            f"{student.path} needs a tokenizer, and the teacher has random weights",
+            hint="pass --tokenizer DIR, or one trained on the data: bpe:1000, chars, words",
+        )
+    return tokenizer
 
 
 def _load_origin(recipe: schema.Recipe, listener: Listener = silent) -> Backbone | None:
     """Load the model that a student is built from, if it is not the loaded teacher; None for a student that is loaded."""
     if recipe.teacher.path is None or not recipe.student.is_built:
         return None
-    return _load_teacher(recipe.teacher.model_copy(update={"quantize": "none"}), torch.device("cpu"), listener)
+    return _load_teacher(recipe, torch.device("cpu"), listener, quantize=False)
 
 
 def _share_tokens(teacher: Backbone, student: Backbone) -> None:
@@ -178,7 +251,7 @@ def _share_tokens(teacher: Backbone, student: Backbone) -> None:
 
 def reload_teacher(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Backbone:
     """Load the pair's teacher again after its weights were released."""
-    teacher = _load_teacher(recipe.teacher, device)
+    teacher = _load_teacher(recipe, device)
     _share_tokens(teacher, pair.student)
     add_stop_tokens(teacher, sorted(pair.teacher.stop_ids))
     teacher.own_logits = pair.teacher.own_logits
@@ -188,7 +261,9 @@ def reload_teacher(recipe: schema.Recipe, pair: Pair, device: torch.device) -> B
 def rebuild_student(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Backbone:
     """Return the pair's student with its initial weights, without changing the random state."""
     teacher = pair.teacher
-    if teacher is None or (teacher.device.type == "meta" and recipe.student.is_built):
+    is_released = teacher is not None and teacher.device.type == "meta"
+    is_changed = recipe.teacher_trainer is not None and not recipe.has_random_teacher  # its layers may be copied
+    if teacher is None or ((is_released or is_changed) and recipe.student.is_built):
         teacher = _load_origin(recipe)
     with torch.random.fork_rng(devices=[]):
         student = create_student(
@@ -280,7 +355,7 @@ def _student_model(
     tokenizer = tokenizer or _configured_tokenizer(student, texts)
     spec = parse_student(path)
     check_has_teacher(path, spec, teacher)
-    if isinstance(spec, TeacherLayers):
+    if isinstance(spec, TeacherLayers | SharedLayers):
         with quiet():
             model = build_from_layers(path, teacher, dropout=student.dropout)
         return Backbone(model.to(device), tokenizer or teacher.tokenizer)

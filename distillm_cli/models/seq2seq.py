@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from distillm_cli.errors import ModelError
 from distillm_cli.models.generation.decoding import check_call_order, group_by_length
-from distillm_cli.types import Batch
+from distillm_cli.types import Batch, Embedded
 from distillm_cli.utils.modules import eval_mode_of
 
 if TYPE_CHECKING:
@@ -77,6 +77,24 @@ def states(model: PreTrainedModel, batch: Batch, start: int) -> torch.Tensor:
         use_cache=False,
     )[0]
     return decoded.flatten(0, 1).index_select(0, parts.positions_N)
+
+
+def states_of(model: PreTrainedModel, embedded: Embedded, *, own_logits: bool = False) -> torch.Tensor:
+    """Return the decoder's states [B, R, D], or the model's own logits [B, R, V], of input embeddings."""
+    encoded = model.get_encoder()(inputs_embeds=embedded.inputs_BTD, attention_mask=embedded.mask_BT)[0]
+    if own_logits:
+        return model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+            attention_mask=embedded.mask_BT,
+            decoder_inputs_embeds=embedded.decoder_BRD,
+            use_cache=False,
+        ).logits
+    return model.get_decoder()(
+        inputs_embeds=embedded.decoder_BRD,
+        encoder_hidden_states=encoded,
+        encoder_attention_mask=embedded.mask_BT,
+        use_cache=False,
+    )[0]
 
 
 def own_logits(model: PreTrainedModel, batch: Batch, start: int) -> torch.Tensor:

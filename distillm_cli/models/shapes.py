@@ -14,7 +14,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distillm_cli.config.student_spec import ConfigFile, RandomModel, TeacherLayers, TeacherWidth, parse_student
+from distillm_cli.config.student_spec import (
+    ConfigFile,
+    RandomModel,
+    SharedLayers,
+    TeacherLayers,
+    TeacherWidth,
+    parse_student,
+)
 from distillm_cli.errors import ModelError
 from distillm_cli.models.backbone import Backbone, vocabulary_size
 from distillm_cli.models.composite import text_parameters
@@ -68,8 +75,9 @@ class Sizes:
     composite model, what is not its text model), total, trainable. matmul: weights of the trunk in the matrix products
     of one token; of a mixture of experts, those of the experts per token. head_in × vocab: the head's product.
     attention, kv: widths of all query heads, and of all key-value heads, in a layer. dropout_heads: query heads of a
-    layer, if attention has dropout. adapted: weights of the layers that have a LoRA adapter, and rank: the adapter's.
-    encoder: of an encoder-decoder, whose layers and matmul are then the decoder's alone.
+    layer, if attention has dropout. repeated: of ``matmul``, the weights of layers that run again. adapted: weights of the
+    layers that have a LoRA adapter, and rank: the adapter's. encoder: of an encoder-decoder, whose layers and matmul are
+    then the decoder's alone.
     """
 
     kind: str
@@ -82,6 +90,7 @@ class Sizes:
     attention: int
     kv: int
     dropout_heads: int = 0
+    repeated: int = 0
     parameters: dict[str, int] = field(default_factory=dict)
     adapted: int = 0
     rank: int = 0
@@ -119,10 +128,23 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
     encoder_ids = set()
     if model.config.is_encoder_decoder:
         encoder_ids = {id(p) for p in model.get_encoder().parameters()}
-    matmul, encoder_matmul = 0, 0
+    matmul, encoder_matmul, repeated = 0, 0, 0
     chosen, experts = expert_counts(config)
-    for parameter in model.parameters():
+    seen: set[int] = set()
+
+    def in_products(parameter: nn.Parameter) -> int:
+        """Return the weights of a matrix that a token meets, 0 for a vector."""
         n = parameter.numel()
+        return n if parameter.dim() == 2 else n * chosen // experts if parameter.dim() == 3 and experts else 0
+
+    for _, parameter in model.named_parameters(remove_duplicate=False):  # a shared layer has a product in each pass
+        n = parameter.numel()
+        if id(parameter) in seen:
+            again = 0 if id(parameter) in tables or parameter is weight else in_products(parameter)
+            matmul += again
+            repeated += again
+            continue
+        seen.add(id(parameter))
         if id(parameter) not in text:
             parts["outside"] += n
         elif id(parameter) in tables:
@@ -131,7 +153,7 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
             parts["head"] += n
         else:
             parts["trunk"] += n
-            met = n if parameter.dim() == 2 else n * chosen // experts if parameter.dim() == 3 and experts else 0
+            met = in_products(parameter)
             if id(parameter) in encoder_ids:
                 encoder_matmul += met
             else:
@@ -159,6 +181,7 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
         matmul=matmul,
         attention=attention,
         kv=(getattr(config, "num_key_value_heads", None) or heads) * (attention // heads),
+        repeated=repeated,
         dropout_heads=heads if any(getattr(config, name, None) for name in ATTENTION_DROPOUT_FIELDS) else 0,
         parameters={
             **parts,
@@ -208,7 +231,7 @@ def load_shape(
     config = None if teacher is None else teacher.model.config
     spec = parse_student(path)
     check_has_teacher(path, spec, teacher)
-    if isinstance(spec, TeacherLayers):
+    if isinstance(spec, TeacherLayers | SharedLayers):
         with torch.device("meta"), quiet():
             whole = Backbone(teacher.model, teacher.tokenizer, teacher.vocab)
             return Shape(build_from_layers(path, whole), own or teacher.tokenizer)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
@@ -22,6 +23,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from distillm_cli.config.student_spec import (
     RandomModel,
+    SharedLayers,
     StudentSpec,
     TeacherLayers,
     TeacherWidth,
@@ -85,6 +87,44 @@ def build_random(
     return _build(config, tokenizer, seed, spec)
 
 
+def build_random_trunk(
+    spec: str, teacher_config: PretrainedConfig, *, seed: int, dropout: float | None = None
+) -> PreTrainedModel:
+    """Build a model without a head, of the teacher's family and with random float32 weights, for sentence embeddings.
+
+    spec: as in ``build_random``. Raises UsageError for an impossible shape or another family.
+    """
+    model = _random_model(spec, teacher_config)
+    text = teacher_config.get_text_config()
+    if model.family not in (None, text.model_type):
+        raise UsageError(
+            "usage.invalid_student",
+            f"{spec}: a student for embeddings that is built has the teacher's family, {text.model_type}",
+            hint=f"try random:{model.layers}x{model.width}",
+        )
+    config = _scaled(text, model.layers, model.width, spec)
+    set_dropout(config, dropout or 0.0, where=spec)
+    _set_initial_spread(config, model.width)
+    return build_trunk(config, seed=seed, where=spec)
+
+
+def build_trunk(config: PretrainedConfig, *, seed: int, where: str) -> PreTrainedModel:
+    """Build a model without a head from its config, with random float32 weights. Raises ModelError."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            return AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        except Exception as error:  # every family checks its sizes in its own way, or fails on them
+            if out_of_memory(error):
+                raise
+            raise ModelError(
+                "model.invalid_shape",
+                f"cannot build a {config.model_type} of this shape: {error}",
+                where=where,
+                hint="try random:4x256",
+            ) from error
+
+
 def build_from_config(
     config: PretrainedConfig, tokenizer: Tokenizer, *, seed: int, dropout: float | None = None, where: str
 ) -> PreTrainedModel:
@@ -109,7 +149,7 @@ def check_has_teacher(text: str, spec: StudentSpec, teacher: object | None) -> N
     """Raise UsageError if a student is built from a teacher and there is none."""
     if teacher is not None:
         return
-    if isinstance(spec, TeacherLayers):
+    if isinstance(spec, TeacherLayers | SharedLayers):
         what = f"{text} copies layers of a teacher, but there is no teacher"
         raise UsageError("usage.no_teacher", what, hint="set it with --set teacher.path=PATH")
     if isinstance(spec, TeacherWidth):

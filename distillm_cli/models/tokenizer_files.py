@@ -74,6 +74,11 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
 
     It has an end-of-sequence token, which is also the pad token if there is none.
     """
+    return prepare_tokenizer(read_tokenizer(path, revision=revision), path)
+
+
+def read_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a directory or a hub name as it is, also of an encoder."""
     name, local = locate_model(path)
     if local and not has_tokenizer(Path(name)):
         raise ModelError(
@@ -104,7 +109,7 @@ def load_tokenizer(path: str, *, revision: str | None = None) -> PreTrainedToken
         tokenizer.chat_template = _template_of_processor(path, revision)
     for key in ("local_files_only", "is_local", "trust_remote_code"):  # arguments of loading, not saved
         tokenizer.init_kwargs.pop(key, None)
-    return prepare_tokenizer(tokenizer, path)
+    return tokenizer
 
 
 def _template_of_processor(path: str, revision: str | None) -> str | None:

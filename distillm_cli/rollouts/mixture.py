@@ -22,10 +22,7 @@ from distillm_cli.config.schema import RolloutConfig
 from distillm_cli.rollouts.next_token import Sampling, distribution
 from distillm_cli.rollouts.sampler import Decoder, Decoding, ModelSampler
 from distillm_cli.training.events import Listener, silent
-
-# Columns of ``Rollout.log_probs_NK``: under the unfiltered teacher and student, and under the distribution that the token
-# was drawn from.
-LOG_P, LOG_Q, LOG_DRAWN = range(3)
+from distillm_cli.types import LOG_DRAWN, LOG_P, LOG_Q
 
 
 class MixtureSampler(ModelSampler):
@@ -95,12 +92,12 @@ class _MixtureDecoding:
         p_BV, q_BV = self.teacher.logits(tokens_B), self.student.logits(tokens_B)
         shaped_q_BV, shaped_p_BV = distribution(q_BV, self.shape), distribution(p_BV, self.shape)
         drawn_BV = torch.lerp(shaped_q_BV, shaped_p_BV, self.alpha).log_()
-        self._logs = {LOG_P: F.log_softmax(p_BV, -1), LOG_Q: F.log_softmax(q_BV, -1), LOG_DRAWN: drawn_BV}
+        self._logs = {LOG_Q: F.log_softmax(q_BV, -1), LOG_P: F.log_softmax(p_BV, -1), LOG_DRAWN: drawn_BV}
         return drawn_BV
 
     def log_probs(self, tokens_B: Tensor) -> Tensor:
-        """Return the log-probabilities [B, 3] of the tokens just chosen."""
-        return torch.stack([self._logs[i].gather(-1, tokens_B[:, None])[:, 0] for i in range(3)], -1)
+        """Return the log-probabilities [B, 3] of the tokens just chosen, in the columns of ``Rollout.log_probs_NK``."""
+        return torch.cat([self._logs[column].gather(-1, tokens_B[:, None]) for column in sorted(self._logs)], -1)
 
     def keep(self, rows_B: Tensor) -> None:
         self.student.keep(rows_B)

@@ -21,7 +21,10 @@ from distillm_cli.losses.objectives import SourceBatch
 from distillm_cli.rollouts.sampler import Sampler
 from distillm_cli.rollouts.scheduler import Scheduler, Source
 from distillm_cli.training.events import Listener, Progress, silent
-from distillm_cli.types import Rollout, Sequence
+from distillm_cli.types import LOG_DRAWN, LOG_P, LOG_Q, Rollout, Sequence
+
+# Names of the columns of ``Rollout.log_probs_NK`` in checkpoints.
+_LOG_PROBS = {LOG_Q: "log_probs.student", LOG_P: "log_probs.teacher", LOG_DRAWN: "log_probs.drawn"}
 
 
 @dataclass
@@ -42,7 +45,7 @@ class SequencePool:
     teacher's, and the student's if they are sampled for a whole epoch). bulk: number of rollout batches sampled at
     once, for the next steps that need one; a large batch costs little more to decode than a small one. rows_beside:
     also train on the step's rows in each step on student outputs. sampling: a context for sampling from the student
-    (evaluation mode, autocast).
+    (evaluation mode, autocast). teacher_sampling: the same for the teacher.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class SequencePool:
         bulk: int = 1,
         rows_beside: bool = False,
         sampling: Callable[[], AbstractContextManager[None]] = nullcontext,
+        teacher_sampling: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self.rows = rows
         self.scheduler = scheduler
@@ -63,6 +67,7 @@ class SequencePool:
         self.bulk = bulk
         self.rows_beside = rows_beside
         self.sampling = sampling
+        self.teacher_sampling = teacher_sampling
         self.replay = new_buffer(scheduler, step_rows=len(rows(0)))
         self.counts = SampleCounts()
         self.waiting: dict[int, list[Rollout]] = {}  # batches sampled ahead, by the step they were sampled for
@@ -105,7 +110,7 @@ class SequencePool:
         """Return the stored responses to the step's rows. Sample those that are missing."""
         table = self.responses[source]
         is_teachers = source is Source.TEACHER
-        with nullcontext() if is_teachers else self.sampling():  # the teacher samples in its own dtype
+        with self.teacher_sampling() if is_teachers else self.sampling():  # the teacher samples in its own dtype
             self._count(table.sample(step), is_teachers=is_teachers)
         return table.batch(step)
 
@@ -342,7 +347,8 @@ def pack(rollouts: Iterable[Rollout], prefix: str) -> dict[str, Tensor]:
     }
     log_probs = [s.log_probs_NK for s in rollouts if s.log_probs_NK is not None]
     if log_probs:
-        tensors[f"{prefix}.log_probs"] = torch.cat(log_probs)
+        for column, log_probs_N in enumerate(torch.cat(log_probs).unbind(-1)):
+            tensors[f"{prefix}.{_LOG_PROBS[column]}"] = log_probs_N.contiguous()
     return tensors | pack_teacher_hidden(rollouts, prefix)
 
 
@@ -350,7 +356,9 @@ def unpack(tensors: dict[str, Tensor], prefix: str) -> list[Rollout]:
     """Return the rollouts that were passed to ``pack``."""
     prompts = tensors[f"{prefix}.prompts"].numpy()
     responses = tensors[f"{prefix}.responses"].numpy()
-    log_probs_NK = tensors.get(f"{prefix}.log_probs")
+    names = [f"{prefix}.{_LOG_PROBS[column]}" for column in sorted(_LOG_PROBS)]
+    columns = [tensors[name] for name in names if name in tensors]
+    log_probs_NK = torch.stack(columns, -1) if columns else None
     rollouts = []
     p = r = 0
     for P, R, row in tensors[f"{prefix}.lengths"].tolist():

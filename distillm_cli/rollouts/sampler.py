@@ -40,7 +40,7 @@ class ScoringDecoding(Decoding, Protocol):
     """Decode with several models, and give their log-probabilities of the tokens just chosen."""
 
     def log_probs(self, tokens_B: Tensor) -> Tensor:
-        """Return the log-probabilities [B, K] of these tokens."""
+        """Return the log-probabilities [B, K] of these tokens, in the columns of ``Rollout.log_probs_NK``."""
 
 
 class Decoder(Protocol):
@@ -67,8 +67,8 @@ class SampledOutput:
     """Hold one output: token ids (int32), with the stop token if it is complete.
 
     complete: False if the length limit cut it. entropy: mean entropy in nats of the model's unfiltered next-token
-    distributions (temperature 1) over the output's tokens; None unless requested. log_probs_NK: [tokens, K], float32,
-    log-probabilities of each token from the decoding; None unless requested.
+    distributions (temperature 1) over the output's tokens; None unless requested. log_probs_NK: as in ``Rollout``; None
+    unless requested.
     """
 
     tokens: np.ndarray
@@ -262,6 +262,7 @@ def _decode_batch(
         tokens_BT[batch_rows, t] = chosen.cpu().numpy()
         check_chosen(tokens_BT[batch_rows, t])
         if with_log_probs:
+            # Without a teacher: the student's alone, column LOG_Q.
             chosen_BK = scoring.log_probs(chosen) if scoring else log_probs_BV.gather(-1, chosen[:, None])
             for i, log_probs_K in zip(batch_rows, chosen_BK.float().cpu().numpy(), strict=True):
                 log_probs[i].append(log_probs_K)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +12,12 @@ import numpy as np
 import torch
 
 from distillm_cli.config.derived import fixed_values
+from distillm_cli.config.schedule import OUTPUT_LOSS
 from distillm_cli.config.schema import RolloutConfig, chosen
 from distillm_cli.data.batching import batches_by_length
 from distillm_cli.extras import build_extras
 from distillm_cli.losses import objectives
+from distillm_cli.losses.extra import Extra
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.rollouts.interleaved import InterleavedSampler
 from distillm_cli.rollouts.mixture import MixtureSampler
@@ -26,7 +28,7 @@ from distillm_cli.runs import output_dir
 from distillm_cli.runs.prepare import Prepared
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.checkpoint import Checkpoints
-from distillm_cli.training.events import Listener, Warned
+from distillm_cli.training.events import Listener
 from distillm_cli.training.state import RunInfo
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.training.validation import ScheduleProbe, Validator
@@ -53,21 +55,24 @@ def build_trainer(
     *,
     teacher: LocalTeacher | None,
     score: Callable[[], dict[str, float | None]] | None = None,
+    objective: objectives.Objective | None = None,
+    extras: Mapping[str, Extra] | None = None,
 ) -> Trainer:
     """Return the trainer of a prepared run, with checkpoints under ``output``.
 
-    teacher: None for SFT. score: see ``Validator``.
+    teacher: None for SFT. score: see ``Validator``. objective, extras: of a stage, in place of the recipe's.
     """
     recipe = run.recipe
     epochs = run.steps / run.order.steps_per_epoch
-    objective = objectives.build(None if run.sft else recipe.objective, epochs)
+    if objective is None:
+        objective = objectives.build(None if run.sft else recipe.objective, epochs)
     student_loss = StudentLoss(
         run.student,
         objective,
         teacher_head=None if teacher is None else teacher.head,
         matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
         router_aux=run.router_aux,
-        extras=build_extras(recipe, run.pair, run.stages),
+        extras=build_extras(recipe, run.pair, run.stages, listener) if extras is None else extras,
     )
     info = RunInfo(
         steps=run.steps,
@@ -84,6 +89,21 @@ def build_trainer(
         with eval_mode(student_loss), info.autocast():
             yield
 
+    @contextmanager
+    def teacher_sampling() -> Iterator[None]:
+        with eval_mode(student_loss):  # a teacher that is trained has dropout
+            yield
+
+    @contextmanager
+    def at_start() -> Iterator[None]:
+        trained = student_loss.trained_teacher
+        with run.with_start_weights(), nullcontext() if trained is None else trained.with_start_weights():
+            yield
+
+    def save_model(directory: Path) -> None:
+        run.save_model(directory)
+        student_loss.save_extra_weights(directory)
+
     scheduler = new_scheduler(run)
     pool = SequencePool(
         run.batch,
@@ -93,20 +113,14 @@ def build_trainer(
         bulk=recipe.rollout.bulk,
         rows_beside=objective.rows_beside,
         sampling=sampling,
+        teacher_sampling=teacher_sampling,
     )
     probe = None
-    if recipe.schedule.measures and not run.answered:
-        what = f"φ stays {scheduler.phi:g}: its trigger needs held-out rows with responses"
-        listener(Warned(f"{what}; set data.valid=FILE, or another schedule.trigger"))
     if recipe.schedule.measures and teacher is not None and run.answered:
         spread = np.linspace(0, len(run.answered) - 1, min(_PROBE_ROWS, len(run.answered)))
-        probe = ScheduleProbe(
-            [run.answered[int(i)] for i in spread],
-            info,
-            teacher,
-            batch_rows=_PROBE_ROWS,
-            figures=recipe.schedule.measures,
-            sampler=ModelSampler(
+        probe_sampler = None
+        if OUTPUT_LOSS in recipe.schedule.measures:
+            probe_sampler = ModelSampler(
                 run.student,
                 recipe.rollout,
                 max_length=_max_length(run),
@@ -114,7 +128,14 @@ def build_trainer(
                 steps=run.steps,
                 by_row=True,
                 listener=listener,
-            ),
+            )
+        probe = ScheduleProbe(
+            [run.answered[int(i)] for i in spread],
+            info,
+            teacher,
+            batch_rows=_PROBE_ROWS,
+            figures=recipe.schedule.measures,
+            sampler=probe_sampler,
             sampling=sampling,
         )
     validator = Validator(
@@ -123,13 +144,11 @@ def build_trainer(
         select=recipe.train.select,
         teacher=teacher,
         score=score,
-        at_start=run.with_start_weights,
+        at_start=at_start,
         probe=probe,
         listener=listener,
     )
-    checkpoints = Checkpoints(
-        output / output_dir.CHECKPOINTS, run.save_model, keep=recipe.train.keep, listener=listener
-    )
+    checkpoints = Checkpoints(output / output_dir.CHECKPOINTS, save_model, keep=recipe.train.keep, listener=listener)
     return Trainer(
         student_loss,
         pool,

@@ -130,7 +130,8 @@ def open_teacher(
         caches_rollouts=workload.rollouts_repeat or workload.samples_repeat,
         validation=HiddenStateTable(validation) if validation else None,
         # Quantized weights are not plain tensors that could be released one by one.
-        releases_model=rows is not None and not (samples or model.is_quantized),
+        releases_model=rows is not None
+        and not (samples or model.is_quantized or run.recipe.runs_teacher_on_embeddings),
     )
     teacher.tokens = computed_tokens
     return TeacherHandle(teacher, cache_plan, hit)
@@ -139,8 +140,9 @@ def open_teacher(
 def warm_cache(
     resolved: Resolved, listener: Listener, *, rebuild: bool = False, prefetcher: Prefetcher | None = None
 ) -> TeacherCacheResult:
-    """Compute the cache on disk for this recipe, unless it exists."""
+    """Compute the cache on disk for this recipe, unless it exists. Raises UsageError if the run could not use it."""
     started = time.perf_counter()
+    check_rows(resolved.recipe)
     for note in resolved.notes:
         listener(Warned(note))
     place = None
@@ -171,7 +173,13 @@ def warm_cache(
 
 
 def check_rows(recipe: Recipe) -> None:
-    """Raise UsageError for a cache on disk if the run does not train on rows, which the cache would contain."""
+    """Raise UsageError for a cache on disk if the run changes the teacher, or does not train on rows, which are cached."""
+    if recipe.teacher_trainer is not None:
+        raise UsageError(
+            "usage.no_teacher_cache",
+            f"the teacher changes during the run ({recipe.teacher_trainer}), so its hidden states cannot be cached",
+            hint="use no --warm-teacher-cache and no --rebuild-teacher-cache",
+        )
     if not uses_rows(recipe):
         raise UsageError(
             "usage.no_teacher_cache",

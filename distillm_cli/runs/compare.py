@@ -6,7 +6,6 @@ Both start from the same student, use the same rows, and are complete runs in ``
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -48,13 +47,14 @@ def compare(resolved: Resolved, result: TrainResult, listener: Listener, options
 
 
 def equal_steps(result: TrainResult) -> int:
-    """Return how many steps on data set rows take the seconds of a run: its seconds / the median step on rows.
+    """Return how many steps on data set rows take the seconds of a run: its seconds / the mean step on rows.
 
-    Steps on rows are those in ``metrics.jsonl``. Without one, it is the number of steps of the run.
+    Without a step on rows, it is the number of steps of the run.
     """
-    lines = map(json.loads, (result.output / output_dir.METRICS).read_text(encoding="utf-8").splitlines())
-    seconds = [line["seconds"] for line in lines if line.get("source") == Source.DATASET]
-    return round(result.train_s / statistics.median(seconds)) if seconds else result.steps
+    steps = result.summary.sources.get(Source.DATASET, 0)
+    if not steps:
+        return result.steps
+    return round(result.train_s * steps / result.summary.source_seconds[Source.DATASET])
 
 
 def _with_baselines(result: TrainResult, baselines: list[Baseline]) -> TrainSummary:
@@ -70,7 +70,8 @@ def _with_baselines(result: TrainResult, baselines: list[Baseline]) -> TrainSumm
             rows.append(Outcome(label, baseline.figures["valid_loss"], scores))
         rows.append(replace(outcome, name=f"{outcome.name}, {format_duration(result.train_s)}"))
     figures = {baseline.name: baseline.figures for baseline in baselines}
-    covered = gap(figures, result.report["student_after"], result.report["teacher"])
+    teacher = result.report["teacher_after" if "teacher_after" in result.report else "teacher"]
+    covered = gap(figures, result.report["student_after"], teacher)
     return replace(result.summary, outcomes=tuple(rows), gap=covered)
 
 

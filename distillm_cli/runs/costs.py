@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from distillm_cli.config.schema import Recipe, chosen
@@ -21,6 +21,7 @@ from distillm_cli.runs.gpus import (
     DECODING_LAUNCH_S,
     FORWARD_LAUNCH_S,
     GPUS,
+    Gpu,
     Part,
     Work,
     fits_in_memory,
@@ -30,6 +31,12 @@ from distillm_cli.runs.gpus import (
 # Bytes of compiled bf16 matrix products on a CPU, one for each shape. Measured for vocabularies of 60 to 50,257 tokens;
 # it does not depend on the model. `app.set_environment` limits how many are cached.
 _COMPILED_PRODUCTS = 250_000_000
+
+
+# Cost of the gradient of an input gradient's function, in plain training passes: its products (2.2 for small GPT-2 and Llama
+# models) and its saved tensors (2.4 and 3.1). Both were counted.
+_SECOND_DERIVATIVE = 2.2
+_SECOND_DERIVATIVE_MEMORY = 3.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ class Workload:
 
     itemsize: bytes of the compute dtype. teacher_itemsize: of the teacher's weights. cached_bytes: the teacher's hidden
     states in memory, by part. caches_rows: the teacher computes each row once. caches_samples: its states of sampled
-    sequences are cached too. sft_stage: the fine-tuning before distillation.
+    sequences are cached too. stages: those before the distillation, by name. labelling: work for each step of one epoch,
+    before the first step.
     """
 
     recipe: Recipe
@@ -73,7 +81,8 @@ class Workload:
     cached_bytes: Mapping[str, int] | None = None
     caches_rows: bool = False
     caches_samples: bool = True
-    sft_stage: Workload | None = None
+    stages: Mapping[str, Workload] = field(default_factory=dict)
+    labelling: Work = ()
 
     @property
     def micro_batch(self) -> int:
@@ -112,6 +121,21 @@ class Workload:
         return self.schedule.config.uses_teacher_samples and self.recipe.data.teacher_samples is None
 
     @property
+    def trains_teacher(self) -> bool:
+        """Return whether weights of the teacher are trained."""
+        return self.teacher is not None and (self.recipe.ctcd.enabled or self.recipe.okd.rank is not None)
+
+    @property
+    def trained_teacher_itemsize(self) -> int:
+        """Return the bytes of the dtype that a trained teacher computes in: its own under an adapter, else the student's."""
+        return self.itemsize if self.recipe.ctcd.enabled else self.teacher_itemsize
+
+    def recomputes(self, model: Sizes) -> bool:
+        """Return whether a model recomputes its activations. A teacher with an adapter does not."""
+        is_frozen = model is self.teacher and not self.recipe.ctcd.enabled
+        return self.recipe.train.gradient_checkpointing and not is_frozen
+
+    @property
     def samples_from_mixture(self) -> bool:
         """Return whether outputs are sampled from a mixture of student and teacher, so that both decode each token."""
         return self.teacher is not None and self.recipe.samples_from_mixture
@@ -122,7 +146,9 @@ def memory(run: Workload) -> dict[str, int]:
 
     Activations: of one micro-batch of the longest rows, 34 values per position, layer and unit of width (saved tensors of
     GPT-2, OPT, Llama and Qwen 3, without attention scores, are 19 to 36). With gradient checkpointing 2, and 34 for the one
-    layer that is recomputed. Attention scores are added if attention on a CPU saves them (``_attention_score_bytes``).
+    layer that is recomputed. Attention scores are added if attention on a CPU saves them (``_attention_score_bytes``). A
+    teacher that is trained is counted in the same way.
+
     Adapters of every linear layer add 9, their inputs in float32, and 15 more in GPT-2, whose GELU is many operations.
 
     Copies: under autocast every matrix in the compute dtype; while the student samples, every weight, with an adapter merged
@@ -144,20 +170,13 @@ def memory(run: Workload) -> dict[str, int]:
     is_sampled = run.student_samples or run.teacher_samples
     longest = max(run.lengths.longest, math.ceil(sampled) if is_sampled else 0)
     positions = run.micro_batch * longest
-    layers = student.layers if student.encoder is None else max(student.layers, student.encoder.layers)
-    head = run.vocab * student.head_in
-    adapter_bytes = 4 * family_of(student.kind).values_under_adapter * student.adapted / max(1, student.matrices)
-    saved = layers * (34 * run.itemsize + adapter_bytes)
-    if recipe.train.gradient_checkpointing:
-        saved = saved / layers + layers * 2 * run.itemsize
-    head_gradient = head * ((0 if student.adapted else 4) + (0 if run.itemsize == 4 else 2))
     parts = {
         "student_weights": 4 * total,
         "gradients": 4 * trainable,
         "optimizer": 8 * trainable,
-        "cast_weights": student.matrices * run.itemsize if run.itemsize < 4 else 0,
-        "activations": round(positions * student.width * saved) + _attention_score_bytes(run, longest),
-        "loss": work_bytes(positions, run.vocab, run.itemsize, run.device) + head_gradient,
+        "cast_weights": (student.matrices - student.repeated) * run.itemsize if run.itemsize < 4 else 0,
+        "activations": round(_activation_passes(run) * _activation_bytes(run, student, run.itemsize, longest)),
+        "loss": work_bytes(positions, run.vocab, run.itemsize, run.device) + _head_gradient_bytes(run, student),
     }
     if run.teacher is not None:
         teacher = run.teacher
@@ -169,6 +188,10 @@ def memory(run: Workload) -> dict[str, int]:
         parts["teacher_activations"] = (
             positions * teacher.width * run.teacher_itemsize * 8
         )  # of one layer, without a graph
+    if run.teacher is not None and run.trains_teacher:
+        parts |= _trained_teacher_bytes(run, run.teacher, longest)
+        if not run.teacher.adapted:
+            parts["loss"] += _head_gradient_bytes(run, run.teacher)
     parts |= run.cached_bytes or {}
     positions = run.sequences * recipe.rollout.bulk * longest
     if run.student_samples:
@@ -189,31 +212,67 @@ def memory(run: Workload) -> dict[str, int]:
     return {name: size for name, size in parts.items() if size}
 
 
-def _attention_score_bytes(run: Workload, longest: int) -> int:
-    """Return the bytes of attention scores that are saved for the student's backward pass.
+def _trained_teacher_bytes(run: Workload, teacher: Sizes, longest: int) -> dict[str, int]:
+    """Return the bytes that a teacher needs, besides its weights, because it is trained: an adapter in it, or all of it."""
+    trainable = teacher.parameters["trainable"]
+    itemsize = run.trained_teacher_itemsize
+    return {
+        "teacher_gradients": 4 * trainable,
+        "teacher_optimizer": 8 * trainable,
+        "teacher_cast_weights": teacher.matrices * itemsize if itemsize < run.teacher_itemsize else 0,
+        "teacher_activations": _activation_bytes(run, teacher, itemsize, longest),
+    }
+
+
+def _head_gradient_bytes(run: Workload, model: Sizes) -> int:
+    """Return the bytes of the gradient of a model's head, and of its copy in the compute dtype."""
+    return run.vocab * model.head_in * ((0 if model.adapted else 4) + (0 if run.itemsize == 4 else 2))
+
+
+def _activation_bytes(run: Workload, model: Sizes, itemsize: int, longest: int) -> int:
+    """Return the bytes of one micro-batch's activations for a backward pass (see ``memory``)."""
+    layers = model.layers if model.encoder is None else max(model.layers, model.encoder.layers)
+    adapter_bytes = 4 * family_of(model.kind).values_under_adapter * model.adapted / max(1, model.matrices)
+    saved = layers * (34 * itemsize + adapter_bytes)
+    if run.recomputes(model):
+        saved = saved / layers + layers * 2 * itemsize
+    return round(run.micro_batch * longest * model.width * saved) + _attention_score_bytes(run, model, longest)
+
+
+def _attention_score_bytes(run: Workload, model: Sizes, longest: int) -> int:
+    """Return the bytes of attention scores that are saved for a model's backward pass.
 
     torch's attention on a CPU saves them if it has dropout: 12 bytes each, counted on T5. The forward passes of
     ``models/cpu/`` do not. longest: tokens of the longest row.
     """
     from distillm_cli.models.cpu.forward import has_forward
 
-    student = run.student
-    recomputes = run.recipe.train.gradient_checkpointing
-    has_own_forward = has_forward(student.kind) and not student.adapted and not recomputes
+    recomputes = run.recomputes(model)
+    has_own_forward = has_forward(model.kind) and not model.adapted and not recomputes
     if run.device != "cpu" or has_own_forward:
         return 0
     response = longest * run.lengths.response / max(run.lengths.mean, 1)
     prompt = longest - response
-    layers = student.layers
+    layers = model.layers
     pairs: list[float] = [longest**2] * layers
-    if student.encoder is not None:
+    if model.encoder is not None:
         # The decoder attends to its own tokens and to the prompt.
-        pairs = [prompt**2] * student.encoder.layers + [response * longest] * layers
+        pairs = [prompt**2] * model.encoder.layers + [response * longest] * layers
     saved = max(pairs) if recomputes else sum(pairs)
-    return round(12 * run.micro_batch * student.dropout_heads * saved)
+    return round(12 * run.micro_batch * model.dropout_heads * saved)
 
 
-_STEP_PARTS = ("gradients", "cast_weights", "activations", "loss", "teacher_activations")
+def _activation_passes(run: Workload) -> float:
+    """Return the number of plain passes whose activations a micro-batch has in memory together."""
+    recipe = run.recipe
+    passes = 1.0 + (recipe.data.mixup > 0) + (recipe.train.adversarial != "none")
+    has_gradient = run.teacher is not None and recipe.objective.input_gradient > 0
+    return passes + (_SECOND_DERIVATIVE_MEMORY if has_gradient else 0.0)
+
+
+_STEP_PARTS = (
+    "gradients", "cast_weights", "activations", "loss", "teacher_activations", "teacher_gradients", "teacher_cast_weights",
+)  # fmt: skip
 _SAMPLING_PARTS = ("rollout_weights", "rollout_cache", "teacher_rollout_cache")
 
 
@@ -295,14 +354,14 @@ def step_work(run: Workload) -> dict[str, Work]:
     train_rows = _log_prob_work(run, response) + _training_work(run, response)
     train_samples = _log_prob_work(run, new) + _training_work(run, new)
     if run.teacher is None:
-        return {"dataset": train_rows}
+        return {"dataset": train_rows + _input_embedding_work(run, response, is_labeled=True)}
     recipe = run.recipe
     schedule = run.schedule
     # With cross-entropy alone the teacher computes nothing on rows. Student outputs always need it.
-    has_kd = recipe.objective.kd_weight > 0
-    teacher_rows = (_teacher_forward(run, run.teacher, response),) if has_kd else ()
+    has_kd = recipe.objective.kd_weight > 0 or run.trains_teacher
+    teacher_rows = _teacher_work(run, run.teacher, response) if has_kd else ()
     teacher_rows_cached = (_teacher_head(run, run.teacher, response),) if has_kd else ()
-    teacher_samples = (_teacher_forward(run, run.teacher, new),)
+    teacher_samples = _teacher_work(run, run.teacher, new)
     teacher_samples_cached = (_teacher_head(run, run.teacher, new),) if run.caches_samples else teacher_samples
     work: dict[str, Work] = {}
     if schedule.config.uses_rows:
@@ -315,7 +374,7 @@ def step_work(run: Workload) -> dict[str, Work]:
         if run.samples_from_mixture:
             rollout += (_sampling_work(run, run.teacher, run.teacher_itemsize),)
         if schedule.config.drafts:
-            rollout += teacher_samples
+            rollout += (_teacher_forward(run, run.teacher, new),)
         rollout += teacher_samples + train_samples
     if schedule.config.uses_teacher_samples:
         sampling: Work = ()
@@ -334,27 +393,60 @@ def step_work(run: Workload) -> dict[str, Work]:
         work["rollout"] = rollout + rows
         if schedule.config.may_replay:
             work["replay"] = train_samples + teacher_samples_cached + rows
+    for name in work:
+        is_output = name in (Source.ROLLOUT.value, Source.REPLAY.value)
+        length = response if name.startswith(Source.DATASET.value) else new
+        work[name] += _input_embedding_work(run, length, is_labeled=not is_output)
     return work
 
 
+def _input_embedding_work(run: Workload, response: float, *, is_labeled: bool) -> Work:
+    """Return the work of the passes on input embeddings that a step has in addition.
+
+    data.mixup: a training pass, and one of the teacher. objective.input_gradient: ``_SECOND_DERIVATIVE`` training passes,
+    and forward pass and input gradient of the teacher. train.adversarial: a training pass after the search, which has
+    forward pass and input gradient in each step. The last two are for labels only, not for student outputs.
+    """
+    recipe = run.recipe
+    training = _training_work(run, response)[0]
+    found: list[Part] = []
+    if recipe.data.mixup:
+        found.append(training)
+        if run.teacher is not None and recipe.mixkd.kd_weight:
+            found.append(_teacher_forward(run, run.teacher, response))
+    if run.teacher is not None and recipe.objective.input_gradient and is_labeled:
+        every = recipe.kdiga.every
+        found.append(training.divided(every / _SECOND_DERIVATIVE))
+        found.append(_teacher_forward(run, run.teacher, response).divided(every / 2))
+    if recipe.train.adversarial != "none" and is_labeled:
+        steps = recipe.train.adversarial_steps if recipe.train.adversarial == "pgd" else 1
+        passes = 2 * steps + (1 if steps > 1 else 0)  # of a training pass's three
+        found += [training, training.divided(3 / passes)]
+    return tuple(found)
+
+
 def _training_work(run: Workload, response: float) -> Work:
-    """Return the work of training the student on a step's sequences: forward and backward pass, and the optimizer's update.
+    """Return the work of training the student on a step's sequences."""
+    return _training_work_of(run, run.student, response, run.itemsize)
+
+
+def _training_work_of(run: Workload, model: Sizes, response: float, itemsize: int) -> Work:
+    """Return the work of training a model on a step's sequences: forward and backward pass, and the optimizer's update.
 
     Gradients of the activations cost as much as the forward pass, and so do those of the weights, for the share that is
     trained. Gradient checkpointing adds one more forward pass. The optimizer reads and writes 28 bytes per parameter.
     """
-    student = run.student
-    recomputes = run.recipe.train.gradient_checkpointing
-    forward = forward_flops(student, run.sequences, run.lengths.prompt, response, 0, run.vocab)
-    head = 2 * run.sequences * response * student.head_in * run.vocab
-    passes = 2 + student.trainable_share + (1 if recomputes else 0)
+    recomputes = run.recomputes(model)
+    forward = forward_flops(model, run.sequences, run.lengths.prompt, response, 0, run.vocab)
+    head = 2 * run.sequences * response * model.head_in * run.vocab
+    passes = 2 + model.trainable_share + (1 if recomputes else 0)
     launch_s = FORWARD_LAUNCH_S + BACKWARD_LAUNCH_S + (FORWARD_LAUNCH_S if recomputes else 0.0)
     both_passes = Part(
         forward * passes + 3 * head,  # the head is not recomputed
-        launch_s=_micro_batches(run) * student.all_layers * launch_s,
-        itemsize=run.itemsize,
+        launch_s=_micro_batches(run) * model.all_layers * launch_s,
+        itemsize=itemsize,
     )
-    return both_passes, Part(traffic=28 * student.parameters["trainable"])
+    return both_passes, Part(traffic=28 * model.parameters["trainable"])
 
 
 def _log_prob_work(run: Workload, response: float) -> Work:
@@ -364,6 +456,13 @@ def _log_prob_work(run: Workload, response: float) -> Work:
     launch_s = _micro_batches(run) * run.student.all_layers * FORWARD_LAUNCH_S
     flops = forward_flops(run.student, run.sequences, run.lengths.prompt, response, response, run.vocab)
     return (Part(flops, launch_s=launch_s, itemsize=run.itemsize),)
+
+
+def _teacher_work(run: Workload, teacher: Sizes, response: float) -> Work:
+    """Return the teacher's work on a step's sequences: its forward pass, and its training if it is trained."""
+    if run.trains_teacher:
+        return _training_work_of(run, teacher, response, run.trained_teacher_itemsize)
+    return (_teacher_forward(run, teacher, response),)
 
 
 def _teacher_forward(run: Workload, teacher: Sizes, response: float) -> Part:
@@ -426,26 +525,38 @@ def gpu_figures(run: Workload, need: int) -> dict[str, dict[str, Any]]:
     """Return figures for each known GPU.
 
     fits: whether ``need`` bytes fit its memory. step_s: seconds of a step, by source. run_s: minimum and maximum
-    seconds of the run, including the fine-tuning before it (``sft_s`` alone). The two differ only for the adaptive
+    seconds of the run, including the stages before it (``sft_s`` and ``ptp_s`` alone). The two differ only for the adaptive
     schedule, where φ may stay at its initial value or be 1 from the first step.
     """
     figures = {}
     work = step_work(run)
     steps = run.lengths.steps
-    sft_steps = 0 if run.sft_stage is None else run.sft_stage.lengths.steps
     is_phi_open = run.schedule.has_phi and run.teacher is not None
     for gpu in GPUS:
         step_s = {source: seconds(parts, gpu) for source, parts in work.items()}
         entry: dict[str, Any] = {"fits": fits_in_memory(need, gpu), "step_s": step_s}
-        if steps is not None and sft_steps is not None:
+        if steps is not None:
             run_s = [_run_seconds(run, step_s, steps, phi) for phi in ((None, 1.0) if is_phi_open else (None,))]
-            sft_s = 0.0
-            if run.sft_stage is not None:
-                sft_s = sft_steps * seconds(step_work(run.sft_stage)["dataset"], gpu)
-                entry["sft_s"] = sft_s
-            entry["run_s"] = [sft_s + min(run_s), sft_s + max(run_s)]
+            stages = {f"{name}_s": _stage_seconds(stage, gpu) for name, stage in run.stages.items()}
+            before_s = sum(stages.values())
+            entry |= stages
+            entry["run_s"] = [before_s + min(run_s), before_s + max(run_s)]
         figures[gpu.name] = entry
     return figures
+
+
+def _stage_seconds(stage: Workload, gpu: Gpu) -> float:
+    """Return the seconds of a stage before a distillation, whose number of steps is known if the run's is."""
+    steps = stage.lengths.steps or 0
+    labelling = (stage.lengths.steps_per_epoch or 0) * seconds(stage.labelling, gpu) if stage.labelling else 0.0
+    return steps * seconds(step_work(stage)["dataset"], gpu) + labelling
+
+
+def labelling_work(run: Workload) -> Work:
+    """Return the work of the teacher's labels for each step's rows, none if its states are cached for the run anyway."""
+    if run.teacher is None or run.caches_rows:
+        return ()
+    return (_teacher_forward(run, run.teacher, run.lengths.response),)
 
 
 def _run_seconds(run: Workload, step_s: Mapping[str, float], steps: int, phi: float | None) -> float:

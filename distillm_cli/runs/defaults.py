@@ -33,12 +33,13 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from distillm_cli.config.field_usage import value_of
+from distillm_cli.config.field_usage import is_used, value_of
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.pipeline_recipe import PREFIX, Pipeline, Stage
 from distillm_cli.config.schema import AUTO, Recipe
@@ -77,7 +78,8 @@ def fitted(resolved: Resolved, known: StageModels | None = None, model: str | No
     recipe = resolved.recipe
     known = known or {}
     path = model or recipe.student.path
-    auto_keys = [key for key in KEYS if value_of(recipe, key) == AUTO]
+    value = partial(value_of, recipe)
+    auto_keys = [key for key in KEYS if value(key) == AUTO and is_used(key, value)]
     if not auto_keys:
         return resolved
     student = student_info(recipe, known, model)
@@ -116,6 +118,8 @@ def _family_of(path: str) -> str:
 def _teacher(recipe: Recipe, known: StageModels) -> ModelInfo | None:
     path = recipe.teacher.path
     if path is None or (recipe.method == "sft" and not recipe.student.is_built):
+        return None
+    if recipe.has_random_teacher:  # it is built like the student
         return None
     return known[path] if path in known else read_model_info(path, recipe.teacher.revision)
 

@@ -19,7 +19,7 @@ from distillm_cli.rollouts.pool import SequencePool
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import new_scheduler
 from distillm_cli.runs.prepare import Prepared
-from distillm_cli.runs.stages import Stage, StageJob, start_trainer
+from distillm_cli.runs.stages import PriorStage, StageJob, start_trainer
 from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.events import Listener, Note
 from distillm_cli.training.state import RunInfo
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _SEED = 0x6D61736B  # added to the run's seed for the choice of rows
 
 
-class LearnMasks(Stage):
+class LearnMasks(PriorStage):
     """Train masks and detoxified features of the frozen teacher (``robustkd.blocks``). They are in ``mask.safetensors``."""
 
     name = MASK_STAGE

@@ -14,11 +14,11 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 import distillm_cli
 from distillm_cli.errors import CheckpointError, UsageError
-from distillm_cli.extras import MASK_STAGE
 from distillm_cli.utils import manifest
 from distillm_cli.utils.storage import (
     PROBE,
@@ -44,8 +44,12 @@ TEMPLATES = "additional_chat_templates"  # of tokenizers that have several
 CARD = "README.md"
 RESULT = "result.json"  # of a training: the object of ``--json``
 COMPARE = "compare"  # the baselines, each an output directory
+TRAINED_TEACHER = "teacher"  # a teacher that the run trained
 SFT = "sft"
-STAGES = (SFT, MASK_STAGE)  # before distillation, in their order: output directories within the output directory
+PTP = "ptp"
+MASK = "mask"
+DISTILLED = "distilled"  # distillation of embeddings before fine-tuning on pairs
+STAGES = (SFT, PTP, MASK, DISTILLED)  # before the run, in their order: output directories within the output directory
 
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors",
@@ -53,13 +57,15 @@ MODEL_FILES = (
     "chat_template.jinja", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors",
     "model-*-of-*.safetensors", "preprocessor_config.json", "image_processor_config.json", "processor_config.json",
     "video_preprocessor_config.json",
+    "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json",
 )  # fmt: skip
+SENTENCE_FOLDERS = ("1_Pooling", "2_Dense", "2_Normalize", "3_Normalize")  # of sentence-transformers
 # Files that a run would replace. If one of them exists and no manifest lists it, a run does not write to the directory.
 _REPLACED = (
     RECIPE, METRICS, CARD, RESULT, manifest.MANIFEST, *MODEL_FILES, f"{CHECKPOINTS}/step-*", f"{EVAL}/report/*.json",
-    f"{TEMPLATES}/*.jinja",
+    f"{TEMPLATES}/*.jinja", *(f"{name}/*" for name in SENTENCE_FOLDERS),
 )  # fmt: skip
-_FOLDERS = (CHECKPOINTS, EVAL, TEMPLATES)
+_FOLDERS = (CHECKPOINTS, EVAL, TEMPLATES, *SENTENCE_FOLDERS)
 _MODEL = "model"  # names the directory in which a model is staged
 
 
@@ -184,6 +190,19 @@ def foreign(output: Path) -> Path | None:
     return next((path for path in found if ours.isdisjoint([path, *path.parents])), None)
 
 
+def foreign_teacher(output: Path) -> Path | None:
+    """Return a file under ``OUTPUT/teacher``, or that path itself, that no run wrote; None without one."""
+    place = output / TRAINED_TEACHER
+    if not os.path.lexists(place):
+        return None
+    if place.is_symlink() or not place.is_dir():
+        return place
+    ours = set(written(output))
+    return next(
+        (path for path in sorted(place.rglob("*")) if path.is_symlink() or path.is_file() if path not in ours), None
+    )
+
+
 def has_stage(output: Path, name: str) -> bool:
     """Return whether ``OUTPUT/NAME`` is a stage of the run in ``output``, not an unrelated directory."""
     return (output / name).is_dir() and name in manifest.recorded(output)
@@ -204,7 +223,7 @@ def clear(output: Path) -> list[Path]:
             hint = "choose another --output, or remove it manually"
             raise storage_error(error, f"cannot remove {path}, of an earlier run", hint) from error
         stuck.append(path)
-    for name in (*_FOLDERS, *STAGES):
+    for name in (*_FOLDERS, *STAGES, TRAINED_TEACHER):
         for folder, _, _ in os.walk(output / name, topdown=False):
             with suppress(OSError):  # it contains files of the user
                 Path(folder).rmdir()
@@ -313,16 +332,17 @@ def publishing(output: Path) -> Iterator[Path]:
 
 
 def _move_model(staged: Path, output: Path) -> None:
-    templates = sorted((staged / TEMPLATES).iterdir()) if (staged / TEMPLATES).is_dir() else []
+    places = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_dir())  # parents first
+    folders = {name: sorted(path for path in (staged / name).iterdir() if path.is_file()) for name in places}
     files = sorted(
         (path for path in staged.iterdir() if path.is_file()), key=lambda path: path.suffix == ".safetensors"
     )
     seals = {CARD: manifest.seal(staged / CARD)} if (staged / CARD).is_file() else {}
-    names = [path.relative_to(staged).as_posix() for path in (*templates, *files)]
+    names = [path.relative_to(staged).as_posix() for path in (*chain.from_iterable(folders.values()), *files)]
     manifest.unseal(output)  # files that an earlier run sealed are replaced now
     manifest.record(output, [name for name in names if name not in seals], seals=seals)
-    if templates:
-        move_into(output / TEMPLATES, templates)
+    for name, inside in folders.items():
+        move_into(output / name, inside)
     move_into(output, files)
     sealed = [output / RECIPE, *(output / path.name for path in files if path.name != CARD)]
     manifest.seal_directory(output, [path for path in sealed if path.is_file()])

@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from transformers import PreTrainedModel
 
-from distillm_cli.config.derived import sft_stage_recipe
+from distillm_cli.config.derived import ptp_stage_recipe, sft_stage_recipe
 from distillm_cli.config.load import Resolved
-from distillm_cli.config.schema import DataConfig, Dtype, Recipe, chosen
+from distillm_cli.config.schema import AdapterConfig, DataConfig, Dtype, Recipe, chosen
 from distillm_cli.config.student_spec import BuiltinModel, ConfigFile, SavedModel, parse_student
 from distillm_cli.data.batching import Examples, steps_per_epoch, tokenize
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_path
 from distillm_cli.data.templates import resolve_auto_template
 from distillm_cli.errors import DataError
+from distillm_cli.extras import build_extras, check_extras
 from distillm_cli.models import lora
 from distillm_cli.models.composite import freeze_rest, is_composite
 from distillm_cli.models.model_families import context_of
@@ -38,6 +39,8 @@ from distillm_cli.utils.text import format_bytes, redact
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from distillm_cli.models.trained_tokenizers import TrainingTexts
 
 _T = TypeVar("_T")
 _SHOWN_SEQUENCES = 3  # of the decoded batch
@@ -61,12 +64,17 @@ def _is_on_disk_or_hub(path: str) -> bool:
 
 def plan_run(resolved: Resolved, listener: Listener) -> PlanResult:
     """Plan one run, from its models if their weights are available, else from their configs."""
+    if resolved.recipe.disco.enabled:
+        from distillm_cli.runs.embeddings import plan_embeddings
+
+        return plan_embeddings(resolved, listener)
     resume_garbage_collection()
     if not weights_are_available(resolved.recipe):
         return PlanResult(plan_from_configs(resolved, listener)[0])
     check_selection_metric(resolved.recipe)
     run = prepare(resolved.recipe, listener)
     check_can_generate(run)
+    check_extras(run.recipe, run.pair)
     return PlanResult(plan_prepared(run, resolved), _decoded_batch(run))
 
 
@@ -94,6 +102,8 @@ def _text(run: Prepared, ids: list[int]) -> str:
 
 def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
     """Return the plan of a run whose models and rows are loaded."""
+    if run.recipe.okd.rank is not None:
+        build_extras(run.recipe, run.pair, {})  # as in the run: an adapter in the teacher
     teacher = None if run.pair.teacher is None else run.pair.teacher.model
     cache_plan = None if teacher is None else plan_cache(run, workload_of(run))
     cached_bytes: dict[str, int] = {}
@@ -114,7 +124,7 @@ def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
         caches_rows=cache_plan is not None and bool(cache_plan.size.rows),
         caches_samples=cache_plan is not None and cache_plan.mode != "off",
     )
-    workload = _with_sft_stage(workload, resolved)
+    workload = _with_stages(workload, resolved)
     dtypes = {"student": run.student.model.dtype, "teacher": None if teacher is None else teacher.dtype}
     return _run_figures(workload, str(run.device), run.dtype, dtypes) | {"data": _data_figures(run)} | cache
 
@@ -148,9 +158,7 @@ def plan_from_configs(
     max_length = chosen(recipe.data.max_length)
     origin = None  # the teacher; in `sft`, the model that a built student takes its layers from
     if recipe.teacher.path is not None and (recipe.method != "sft" or recipe.student.is_built):
-        origin = load_shape(
-            recipe.teacher.path, revision=recipe.teacher.revision, max_length=max_length, stage_shapes=stage_shapes
-        )
+        origin = _teacher_shape(recipe, texts, max_length, stage_shapes)
     student = load_shape(
         recipe.student.required_path,
         revision=recipe.student.revision,
@@ -186,10 +194,10 @@ def plan_from_configs(
     is_open = recipe.train.device == "auto"
     device = torch.device("cuda") if is_open else resolve_device(recipe.train.device)
     dtype = _dtype(recipe.student.dtype, device, is_open)
-    teacher_dtype = _dtype(recipe.teacher.dtype, device, is_open)
+    teacher_dtype = _dtype(recipe.teacher_dtype, device, is_open)
     if is_open:
         notes.append("train.device is auto: planned for a GPU")
-    teacher_sizes = None if teacher is None else _frozen(sizes(teacher.model, vocab))
+    teacher_sizes = None if teacher is None else _teacher_sizes(teacher, recipe, vocab)
     cache, cached_bytes = _predicted_cache(recipe, teacher_sizes, lengths, teacher_dtype.itemsize)
     workload = costs.Workload(
         recipe=recipe,
@@ -202,9 +210,9 @@ def plan_from_configs(
         device=device.type,
         cached_bytes=cached_bytes,
         caches_rows=cache is not None and bool(cache["bytes"]),
-        caches_samples=recipe.teacher.cache != "off",
+        caches_samples=recipe.teacher.cache != "off" and recipe.teacher_trainer is None,
     )
-    workload = _with_sft_stage(workload, resolved)
+    workload = _with_stages(workload, resolved)
     data: dict[str, Any] = {"source": redact(recipe.data.source), "rows": None if rows is None else len(rows)}
     if rows is not None and examples is not None:
         data |= _row_figures(rows, examples) | {"response_tokens": examples.tokens}
@@ -217,6 +225,27 @@ def plan_from_configs(
     if cache is not None:
         figures["teacher_cache"] = cache
     return figures, student
+
+
+def _teacher_shape(
+    recipe: Recipe, texts: TrainingTexts | None, max_length: int, stage_shapes: Mapping[str, Shape] | None
+) -> Shape:
+    """Return the teacher's shape. One with random weights has the tokenizer and, by default, the family of the student."""
+    path = str(recipe.teacher.path)
+    student = recipe.student
+    if not recipe.has_random_teacher:
+        return load_shape(path, revision=recipe.teacher.revision, max_length=max_length, stage_shapes=stage_shapes)
+    like = None
+    if not student.is_built:
+        like = load_shape(
+            student.required_path,
+            revision=student.revision,
+            tokenizer=student.tokenizer,
+            texts=texts,
+            max_length=max_length,
+            stage_shapes=stage_shapes,
+        )
+    return load_shape(path, tokenizer=student.tokenizer, texts=texts, teacher=like, max_length=max_length)
 
 
 def _data_with_template(
@@ -233,15 +262,21 @@ def _data_with_template(
     return recipe.data if template is None else recipe.data.model_copy(update={"template": template[0]})
 
 
-def _with_sft_stage(run: costs.Workload, resolved: Resolved) -> costs.Workload:
-    """Return the run with the fine-tuning stage of ``student.sft_epochs``: the same rows, and no teacher."""
-    stage = sft_stage_recipe(resolved)
-    if stage is None:
-        return run
+def _with_stages(run: costs.Workload, resolved: Resolved) -> costs.Workload:
+    """Return the run with the stages before it: the same rows, and no teacher in their steps.
+
+    Pre-training has no product with the student's head, but with a layer for its four classes.
+    """
+    recipes = {"sft": sft_stage_recipe(resolved), "ptp": ptp_stage_recipe(resolved)}
+    own: dict[str, dict[str, Any]] = {"ptp": {"vocab": 4, "labelling": costs.labelling_work(run)}}
     per_epoch = run.lengths.steps_per_epoch
-    lengths = replace(run.lengths, steps=None if per_epoch is None else _steps(stage.recipe, per_epoch))
-    sft_stage = replace(run, recipe=stage.recipe, teacher=None, lengths=lengths, cached_bytes=None, caches_rows=False)
-    return replace(run, sft_stage=sft_stage)
+    stages = {}
+    for name, stage in recipes.items():
+        if stage is not None:
+            lengths = replace(run.lengths, steps=None if per_epoch is None else _steps(stage.recipe, per_epoch))
+            alone = replace(run, teacher=None, lengths=lengths, cached_bytes=None, caches_rows=False)
+            stages[name] = replace(alone, recipe=stage.recipe, **own.get(name, {}))
+    return replace(run, stages=stages)
 
 
 def _run_figures(
@@ -259,7 +294,7 @@ def _run_figures(
     gpu_run = _on_gpu(run)
     gpu_parts = {part: size for part, size in costs.memory(gpu_run).items() if part not in _HOST_PARTS}
     lengths = run.lengths
-    sft = {} if run.sft_stage is None else {"sft": _sft_figures(run.sft_stage)}
+    stages = {name: _stage_figures(stage) for name, stage in run.stages.items()}
     config = run.recipe.robustkd
     masks = {"masks": {"share_of_rows": config.mask_rows, "epochs": config.mask_epochs}} if config.blocks else {}
     return {
@@ -273,7 +308,7 @@ def _run_figures(
         "sequences_per_step": run.sequences * (2 if run.recipe.objective.row_weight or run.schedule.in_pairs else 1),
         "memory": memory | {"total": costs.peak_memory(memory, run.device)},
         "step_flops": _step_flops(run),
-        **sft,
+        **stages,
         **masks,
         "gpus": costs.gpu_figures(gpu_run, costs.peak_memory(gpu_parts, gpu_run.device)),
         "assumed": gpus.ASSUMED,
@@ -284,15 +319,15 @@ def _step_flops(run: costs.Workload) -> dict[str, float]:
     return {source: float(f"{gpus.flops(work):.4g}") for source, work in costs.step_work(run).items()}
 
 
-def _sft_figures(run: costs.Workload) -> dict[str, Any]:
+def _stage_figures(run: costs.Workload) -> dict[str, Any]:
     return {"epochs": run.recipe.train.epochs, "steps": run.lengths.steps, "step_flops": _step_flops(run)}
 
 
 def _on_gpu(run: costs.Workload) -> costs.Workload:
     """Return the same run on a current GPU, with the dtype that auto chooses there for the student."""
     itemsize = gpu_itemsize(run.recipe.student.dtype)
-    sft_stage = None if run.sft_stage is None else _on_gpu(run.sft_stage)
-    return replace(run, device="cuda", itemsize=itemsize, sft_stage=sft_stage)
+    stages = {name: _on_gpu(stage) for name, stage in run.stages.items()}
+    return replace(run, device="cuda", itemsize=itemsize, stages=stages)
 
 
 def model_figures(model_sizes: Sizes, dtype: str) -> dict[str, Any]:
@@ -342,9 +377,17 @@ def _with_adapter(student: Shape, recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def _frozen(model_sizes: Sizes) -> Sizes:
-    """Return a model's sizes without trainable parameters, for a teacher."""
-    return replace(model_sizes, parameters=model_sizes.parameters | {"trainable": 0})
+def _teacher_sizes(teacher: Shape, recipe: Recipe, vocab: int) -> Sizes:
+    """Return the sizes of a teacher: without trainable parameters, unless it is trained."""
+    if recipe.ctcd.enabled:
+        return sizes(teacher.model, vocab)
+    if recipe.okd.rank is None:
+        model_sizes = sizes(teacher.model, vocab)
+        return replace(model_sizes, parameters=model_sizes.parameters | {"trainable": 0})
+    model = copy.deepcopy(teacher.model)
+    with torch.device("meta"):
+        lora.attach(model, AdapterConfig(r=recipe.okd.rank), seed=0, base=str(recipe.teacher.path), revision=None)
+    return sizes(model, vocab)
 
 
 def _predicted_cache(
@@ -356,6 +399,10 @@ def _predicted_cache(
     """
     if teacher is None:
         return None, {}
+    if recipe.teacher_trainer is not None:
+        why = f"not cached, since the teacher changes ({recipe.teacher_trainer})"
+        sizes_of_none = {"rows": 0, "bytes": 0, "rollout_bytes": 0, "sample_bytes": 0, "bytes_per_token": 0}
+        return {"mode": "off", **sizes_of_none, "why": why}, {}
     mode = recipe.teacher.cache
     rows = lengths.rows or 0
     workload = CacheWorkload(

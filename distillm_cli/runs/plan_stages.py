@@ -14,6 +14,7 @@ from distillm_cli.config.pipeline_recipe import PREFIX, GenerateStageConfig, Pip
 from distillm_cli.config.schema import Recipe, chosen
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
+from distillm_cli.errors import RecipeError
 from distillm_cli.evaluation.evaluate import passes
 from distillm_cli.evaluation.suites import held_out, load_suite
 from distillm_cli.models.model_families import context_of
@@ -36,6 +37,11 @@ def plan_pipeline(pipeline: Pipeline, listener: Listener) -> PipelinePlan:
         listener(Note(f"stage {stage.name}"))
         source = stage.resolved.recipe.data.source
         resolved = stage.resolved if source not in samples else _on_sampled_prompts(samples[source], stage.resolved)
+        if resolved.recipe.disco.enabled:
+            what = f"stage {stage.name} trains sentence embeddings, and the plan of a pipeline does not estimate them"
+            raise RecipeError(
+                "recipe.invalid_stage", what, hint="plan its recipe alone: distillm plan --method disco …"
+            )
         if stage.verb in ("sft", "distill"):
             figures, shapes[PREFIX + stage.name] = plan_from_configs(resolved, silent, shapes)
         elif isinstance(stage.config, GenerateStageConfig):
@@ -108,9 +114,13 @@ def _plan_eval(
     read = [read_if_available(partial(load_suite, name, recipe, silent), name) for name in suites]
     if not read:
         read = [read_if_available(partial(held_out, recipe, silent), recipe.data.valid or recipe.data.source)]
-    all_rows = [None if suite is None else suite.rows for suite, _ in read]
+    # The embeddings of a suite of sentence pairs cost next to nothing beside responses.
+    all_rows = [None if suite is None else suite.rows for suite, _ in read if suite is None or not suite.is_pairs]
     each = len(passes(recipe.eval))
     notes = [why for _, why in read if why]
+    notes += [
+        f"{suite.name}: embeddings of sentence pairs, not estimated" for suite, _ in read if suite and suite.is_pairs
+    ]
     models = {}
     for name in names:
         shape = load_shape(name, max_length=chosen(recipe.data.max_length), stage_shapes=shapes)

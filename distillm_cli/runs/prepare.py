@@ -29,6 +29,7 @@ from distillm_cli.models.chat_format import add_stop_tokens, generation_config
 from distillm_cli.models.composite import copy_processor, is_composite
 from distillm_cli.models.devices import resolve_device, resolve_dtype
 from distillm_cli.models.model_families import longrope_bound
+from distillm_cli.models.shared import save_plain
 from distillm_cli.models.tokenizer_files import TokenizerCache, quiet
 from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
 from distillm_cli.teachers.teacher_cache import cache_root, cached_date, rows_digest
@@ -64,7 +65,8 @@ def frozen_digest(adapter: Adapter) -> str:
 class Prepared:
     """Hold the prepared inputs of a run: rows, compatible models, tokenized examples.
 
-    initial_weights: returns the student's initial weights; None: load or build the student again. teacher_samples: by
+    initial_weights: returns the student's initial weights; None: load or build the student again. before: the run before
+    the student was pre-trained (``student.ptp``), whose initial weights are its own. teacher_samples: by
     row, if the recipe names a file of them. model_fingerprints: of the loaded models, by role. resolved_values: values
     for fields that are not set in the recipe, with their origin. router_aux: weight of the auxiliary loss of the
     student's routers. stages: directories of finished stages before the run that its extras read, by name.
@@ -81,6 +83,7 @@ class Prepared:
     train: Examples
     valid: Examples
     initial_weights: Callable[[], Mapping[str, torch.Tensor]] | None = None
+    before: Prepared | None = None
     teacher_samples: dict[int, list[Rollout]] | None = None
     model_fingerprints: Mapping[str, str] = field(default_factory=dict)
     resolved_values: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -165,7 +168,7 @@ class Prepared:
         """
         with quiet():
             if self.student.adapter is None:
-                self.student.model.save_pretrained(directory)
+                save_plain(self.student.model, directory)
             else:
                 self.student.adapter.save(directory)
                 generation_config(self.student).save_pretrained(directory)
@@ -182,9 +185,9 @@ class Prepared:
                 adapter.save(directory, dtype)
                 generation_config(self.student).save_pretrained(directory)
             elif adapter is None and dtype == torch.float32:
-                self.student.model.save_pretrained(directory)
+                save_plain(self.student.model, directory)
             else:
-                self.student.plain(torch.float32).to(dtype).model.save_pretrained(directory)
+                save_plain(self.student.plain(torch.float32).to(dtype).model, directory)
             self.pair.tokenizer.save_pretrained(directory)
         if is_composite(self.student.model.config) and not student.is_built:
             copy_processor(student.required_path, student.revision, directory)
@@ -234,6 +237,8 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
         add_stop_tokens(model, sorted(train.end_ids - encoder.end_ids), after=True)
     if recipe.train.gradient_checkpointing:
         _checkpoint_activations(pair.student)
+        if recipe.ctcd.enabled and pair.teacher is not None:
+            _checkpoint_activations(pair.teacher)
     return Prepared(
         recipe=recipe,
         listener=listener,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,8 @@ import yaml
 import distillm_cli
 from distillm_cli.config.field_usage import describe_objective
 from distillm_cli.config.load import Resolved
-from distillm_cli.config.schema import StudentConfig
-from distillm_cli.config.student_spec import may_have_revision
+from distillm_cli.config.schema import Recipe, StudentConfig
+from distillm_cli.config.student_spec import SharedLayers, may_have_revision, parse_student
 from distillm_cli.config.yaml_io import text_of
 from distillm_cli.data.known import HubDataset, find_dataset
 from distillm_cli.data.locations import is_path, local_path
@@ -37,14 +37,17 @@ def publish_model(
     state: TrainerState,
     report: Mapping[str, ModelReport],
     measured_on: str,
+    export_extras: Callable[[Path], None],
 ) -> None:
     """Write the student, its tokenizer and its card into ``output``, where ``from_pretrained(output)`` finds them.
 
-    report: by model name. measured_on: description of the rows and of the decoding. Raises StorageError.
+    report: by model name. measured_on: description of the rows and of the decoding. export_extras: writes more of what was
+    trained into a directory. Raises StorageError.
     """
     hint = "free disk space, then run the command again with --resume: the training is not repeated"
     with storing(f"cannot write the model into {output}", hint), output_dir.publishing(output) as staged:
         run.export_model(staged)
+        export_extras(staged)
         task = "text2text-generation" if run.student.is_encoder_decoder else "text-generation"
         if is_composite(run.student.model.config):
             task = "image-text-to-text"
@@ -64,15 +67,17 @@ def model_card(
     student = recipe.student
     verb = "fine-tuned" if recipe.method == "sft" else "distilled"
     lines = ["---"]
-    lines += [f"{key}: {text_of(value)}" for key, value in _front_matter(resolved, task).items()]
+    lines += [f"{key}: {text_of(value)}" for key, value in front_matter(resolved, task).items()]
     path = student.required_path
     lines += ["---", "", f"# {Path(path).name if Path(path).is_dir() else path}, {verb}", ""]
     facts = {
         "method": recipe.method,
         "model" if recipe.method == "sft" else "student": student.path,
         "trained": _trained_part(student),
+        "layers": _shared_part(student),
         "fine-tuned before": f"{student.sft_epochs:g} × the rows" if student.sft_epochs else None,
-        "teacher": recipe.teacher.path if recipe.method != "sft" else None,
+        "pre-trained before": f"{student.ptp:g} × the rows, on the teacher's confidence" if student.ptp else None,
+        "teacher": _teacher(recipe) if recipe.method != "sft" else None,
         "data": recipe.data.source,
         "objective": "cross-entropy" if recipe.method == "sft" else describe_objective(recipe.objective),
         "schedule": recipe.schedule.kind if recipe.method != "sft" else None,
@@ -90,7 +95,17 @@ def model_card(
     return redact("\n".join(lines))
 
 
-def _front_matter(resolved: Resolved, task: str) -> dict[str, Any]:
+def _teacher(recipe: Recipe) -> str:
+    """Return the teacher's path, and how it was trained if it was."""
+    path = str(recipe.teacher.path)
+    if recipe.ctcd.enabled:
+        return f"{path}, trained together with the student; the result is in `{output_dir.TRAINED_TEACHER}/`"
+    if recipe.okd.rank is not None:
+        return f"{path}, with an adapter of rank {recipe.okd.rank} that was trained together with the student"
+    return path
+
+
+def front_matter(resolved: Resolved, task: str) -> dict[str, Any]:
     recipe = resolved.recipe
     is_adapter = recipe.student.lora_output == "adapter"
     front: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers", "pipeline_tag": task}
@@ -182,6 +197,17 @@ def _trained_part(student: StudentConfig) -> str | None:
     what = f"a LoRA adapter of rank {student.lora.r}"
     is_adapter = student.lora_output == "adapter"
     return f"{what}; this directory has only the adapter" if is_adapter else f"{what}, merged into the weights"
+
+
+def _shared_part(student: StudentConfig) -> str | None:
+    spec = parse_student(student.required_path)
+    if not isinstance(spec, SharedLayers):
+        return None
+    swap = ", with queries and keys swapped in every second pass" if spec.swap else ""
+    return (
+        f"run {spec.passes} times with the same weights{swap}; the weight file has a copy for each pass, and training on "
+        "from it trains the copies separately"
+    )
 
 
 def _figures_table(report: Mapping[str, Any]) -> list[str]:

@@ -33,13 +33,19 @@ from distillm_cli.utils.text import counted
 
 if TYPE_CHECKING:
     from distillm_cli.evaluation.evaluate import SuiteResult
+    from distillm_cli.losses.extra import TrainedTeacher
     from distillm_cli.models.backbone import Backbone
 
-# The models of a report. FINE_TUNED: after the fine-tuning stage, if there is one.
+# The models of a report. FINE_TUNED, PRE_TRAINED: after these stages, if there are any.
 BEFORE = "student before"
 FINE_TUNED = "student after sft"
+PRE_TRAINED = "student after ptp"
 AFTER = "student after"
 TEACHER = "teacher"
+# In place of TEACHER, if the run trains it.
+TEACHER_BEFORE = "teacher before"
+TEACHER_AFTER = "teacher after"
+_DRIFT = "drift"  # KL(teacher before ‖ teacher after), a score of TEACHER_AFTER
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,9 @@ class ModelReport:
 def labels(state: TrainerState, recipe: Recipe) -> dict[str, str]:
     """Return the models' display names with the step of their weights. Fine-tuning has no student: "model before"."""
     final_step = state.step if state.best_step is None else state.best_step
-    start = FINE_TUNED if recipe.student.sft_epochs else BEFORE
-    names = {BEFORE: BEFORE, TEACHER: TEACHER, start: f"{start}, step 0", AFTER: f"{AFTER}, step {final_step:,}"}
+    start = PRE_TRAINED if recipe.student.ptp else FINE_TUNED if recipe.student.sft_epochs else BEFORE
+    names = {name: name for name in (BEFORE, FINE_TUNED, TEACHER, TEACHER_BEFORE, TEACHER_AFTER)}
+    names |= {start: f"{start}, step 0", AFTER: f"{AFTER}, step {final_step:,}"}
     return {name: model_title(label, recipe) for name, label in names.items()}
 
 
@@ -118,6 +125,7 @@ class Report:
             metrics[run.recipe.train.select] = None
         changes = {"seeds": config.seeds[:1], "metrics": tuple(metrics), "trigger": None, "target": None}
         self.config = config.model_copy(update=changes)
+        self.measures_drift = False
 
     def all(self, trainer: Trainer) -> dict[str, ModelReport]:
         """Measure every model; return their reports by name."""
@@ -132,13 +140,39 @@ class Report:
         if not self._all_can_generate({"student": run.student, "teacher": teacher}):
             self.suite = replace(self.suite, rows=[])
         reports = {AFTER: self._measure(run.student, AFTER, _valid_loss(run.student, trainer))}
-        if teacher is not None:
+        trained = trainer.student_loss.trained_teacher
+        if trained is not None:
+            reports |= self._trained_teacher(trained, trainer)
+        elif teacher is not None:
             reports[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, trainer))
+        start = BEFORE
         if run.recipe.student.sft_epochs:
-            return reports | self._stage_reports({BEFORE: BEFORE, AFTER: FINE_TUNED})
-        with run.with_start_weights() if self.suite.rows else nullcontext():
-            reports[BEFORE] = self._measure(run.student, BEFORE, trainer.state.first_valid_loss)
+            reports |= self._stage_reports({BEFORE: BEFORE, AFTER: FINE_TUNED})
+            start = FINE_TUNED
+        if run.before is not None:
+            if start == BEFORE:
+                with run.before.with_start_weights():
+                    reports[BEFORE] = self._measure(run.student, BEFORE, _valid_loss(run.student, trainer))
+            start = PRE_TRAINED
+        if start != FINE_TUNED:
+            with run.with_start_weights() if self.suite.rows else nullcontext():
+                reports[start] = self._measure(run.student, start, trainer.state.first_valid_loss)
         return reports
+
+    def _trained_teacher(self, trained: TrainedTeacher, trainer: Trainer) -> dict[str, ModelReport]:
+        """Return the reports of a teacher that the run trains, after training and before."""
+        teacher = trained.teacher
+        drift: dict[str, float] = {}
+        if trainer.validator.batches:
+            with eval_mode(trained), torch.no_grad():
+                figures = trained.measure(trainer.validator.batches, trainer.run)
+            self.measures_drift = "teacher_drift" in figures
+            if self.measures_drift:
+                drift[_DRIFT] = figures["teacher_drift"]
+        after = self._measure(teacher, TEACHER_AFTER, _valid_loss(teacher, trainer), drift)
+        with trained.with_start_weights():
+            before = self._measure(teacher, TEACHER_BEFORE, _valid_loss(teacher, trainer))
+        return {TEACHER_BEFORE: before, TEACHER_AFTER: after}
 
     def _all_can_generate(self, models: Mapping[str, Backbone | None]) -> bool:
         """Return whether there are rows to respond to and every model can generate; warn if one cannot."""
@@ -151,15 +185,18 @@ class Report:
                 return False
         return bool(self.suite.rows)
 
-    def _measure(self, model: Backbone, name: str, valid_loss: float | None) -> ModelReport:
+    def _measure(
+        self, model: Backbone, name: str, valid_loss: float | None, figures: Mapping[str, float] | None = None
+    ) -> ModelReport:
+        """Return the report of a model. figures: more of its scores."""
         if not self.suite.rows:
-            return self._save(name, ModelReport(valid_loss, {}, []))
+            return self._save(name, ModelReport(valid_loss, dict(figures or {}), []))
         result = self._generate(model, self.labels[name])
         if name == AFTER:
             for score in result.scores.values():
                 if score.undefined is not None:
                     self.listener(Warned(score.undefined))
-        scores = {metric: score.mean for metric, score in result.scores.items()}
+        scores = {metric: score.mean for metric, score in result.scores.items()} | dict(figures or {})
         answers = next(iter(result.outputs.values()))
         return self._save(name, ModelReport(valid_loss, scores, answers))
 
@@ -195,8 +232,9 @@ class Report:
         rows = counted(len(self.run.valid), "held-out row")
         answered = len(self.suite.rows)
         config = self.config
+        drift = "; drift: KL(teacher before ‖ teacher after), nats per token" if self.measures_drift else ""
         if not answered:
-            return f"on {rows}"
+            return f"on {rows}{drift}"
         if config.greedy or config.temperature == 0:
             decoding = "decoded greedily"
         else:
@@ -204,7 +242,7 @@ class Report:
             decoding += f", top-p {config.top_p:g}" if config.top_p < 1 else ""
             decoding += f", top-k {config.top_k}" if config.top_k else ""
         subset = "" if answered == len(self.run.valid) else f" on the first {answered:,} of them,"
-        return f"valid CE on {rows}; scores{subset} {decoding}, in {self._precision()}"
+        return f"valid CE on {rows}; scores{subset} {decoding}, in {self._precision()}{drift}"
 
     def _precision(self) -> str:
         """Describe the dtype that the models decode in: that of their weights."""
@@ -212,7 +250,7 @@ class Report:
         student = dtype_name(run.student.model.dtype)
         if run.pair.teacher is None:
             return student
-        teacher = dtype_name(resolve_dtype(run.recipe.teacher.dtype, run.device))
+        teacher = dtype_name(resolve_dtype(run.recipe.teacher_dtype, run.device))
         return student if student == teacher else f"{student} (teacher: {teacher})"
 
     def score(self) -> dict[str, float | None]:
@@ -244,12 +282,14 @@ def _renamed_progress(listener: Listener, name: str) -> Listener:
 def _valid_loss(model: Backbone, trainer: Trainer) -> float | None:
     """Return the mean cross-entropy per token on the validation rows, nats; None without validation rows.
 
-    The student computes in its training precision, the teacher in its own dtype, as in training.
+    The student computes in its training precision, as does a teacher of which all weights are trained. Another teacher
+    computes in its own dtype, as in training.
     """
     if not trainer.validator.batches:
         return None
-    is_student = model is trainer.student_loss.student
-    dtype = trainer.student_loss.matmul_dtype if is_student else None
+    trained = trainer.student_loss.trained_teacher
+    is_trained = model is trainer.student_loss.student or (trained is not None and trained.in_training_precision)
+    dtype = trainer.student_loss.matmul_dtype if is_trained else None
     student_loss = StudentLoss(model, CrossEntropy(), matmul_dtype=dtype)
     with eval_mode(student_loss), torch.no_grad():
-        return trainer.validator.mean(CROSS_ENTROPY, student_loss, autocast=is_student)
+        return trainer.validator.mean(CROSS_ENTROPY, student_loss, autocast=is_trained)

@@ -92,7 +92,9 @@ def _changed_settings(
 ) -> list[tuple[str, object, object]]:
     """Return the settings that shape steps and differ from the checkpoint's: key, value then, value now."""
     now = json.loads(json.dumps(fixed_values(recipe)))  # in the form of the checkpoint's values
-    then = checkpoint.state["recipe"]
+    recorded = checkpoint.state["recipe"]
+    defaults = {key: json.loads(json.dumps(leaf.default, default=str)) for key, leaf in leaves().items()}
+    then = {key: defaults.get(key) for key in now} | recorded  # a field that was added later had its default
     return [
         (key, then.get(key), now.get(key))
         for key in sorted(then.keys() | now.keys())

@@ -63,24 +63,30 @@ class TrainSummary:
     """Hold the data of the summary at the end of training, except its figures.
 
     outcomes: the models on held-out rows, the initial student first. measured_on: description of the rows and of the
-    decoding. sources: steps by source. phi_history: φ at the start and after each rise; None without φ. schedule: its
-    kind, None for SFT. row_weight: weight of the data set rows in steps on student outputs, 0 without them. suites,
-    prompt: for the suggested next commands. has_sft_stage: the fine-tuned student is in ``sft/``. has_answers: there
-    are rows to score on. gap: how much of the distance to the teacher is closed, with baselines.
+    decoding. sources, source_seconds: steps by source, and their seconds. phi_history: φ at the start and after each
+    rise; None without φ. schedule: its kind, None for SFT. row_weight: weight of the data set rows in steps on student
+    outputs, 0 without them. suites, prompt: for the suggested next commands. has_sft_stage: the fine-tuned student is in
+    ``sft/``. has_teacher: the trained teacher is in ``teacher/``. has_answers: there are rows to score on. gap: how much
+    of the distance to the teacher is closed, with baselines. generates: whether the model can respond to a prompt. stage:
+    the directory of a stage before the run, and what it has.
     """
 
     outcomes: tuple[Outcome, ...]
     measured_on: str
     samples: tuple[Sample, ...] = ()
     sources: Mapping[str, int] = field(default_factory=dict)
+    source_seconds: Mapping[str, float] = field(default_factory=dict)
     phi_history: tuple[float, ...] | None = None
     schedule: str | None = None
     row_weight: float = 0.0
     suites: tuple[str, ...] = ()
     prompt: str | None = None
     has_sft_stage: bool = False
+    has_teacher: bool = False
     has_answers: bool = True
     gap: str | None = None
+    generates: bool = True
+    stage: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,12 +132,17 @@ class TrainResult:
         """Load the trained model in its saved precision, and its tokenizer. An adapter is merged. Raises ModelError."""
         import torch
 
-        from distillm_cli.models.loading import load_backbone, load_config
+        from distillm_cli.models.loading import load_backbone, load_config, read_config
 
         path = str(self.output)
-        dtype = load_config(path).dtype
+        dtype = (load_config(path) if self.summary.generates else read_config(path)).dtype
         if not isinstance(dtype, torch.dtype):
             dtype = torch.float32
+        if not self.summary.generates:
+            from distillm_cli.models.sentence import load_encoder
+
+            encoder = load_encoder(path, dtype=dtype, device=torch.device(device))
+            return encoder.model, encoder.tokenizer
         backbone = load_backbone(path, dtype=dtype, device=torch.device(device))
         return backbone.model, backbone.tokenizer
 
@@ -289,9 +300,10 @@ class PipelineResult:
 
 @dataclass(frozen=True, slots=True)
 class FineTuned(Event):
-    """Report that the fine-tuning before distillation has ended."""
+    """Report that the stage before a run has ended. title: of its table."""
 
     result: TrainResult
+    title: str = "Fine-tuning"
 
 
 @dataclass(frozen=True, slots=True)

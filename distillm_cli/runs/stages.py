@@ -1,6 +1,6 @@
 """Run the stages that train something before a distillation: each in a directory of its own within the output directory.
 
-To add one: a subclass of ``Stage``, its entry in ``train.STAGES``, and its name in ``output_dir.STAGES``.
+To add one: a subclass of ``PriorStage``, its entry in ``train.PRIOR_STAGES``, and its name in ``output_dir.STAGES``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class StageJob:
         return self.checkpoint is not None and self.checkpoint.state["progress"]["step"] == self.run.steps
 
 
-class Stage(ABC):
+class PriorStage(ABC):
     """Train something before a distillation.
 
     The stage has a recipe of its own, derived from the run's, and with it its own rows, steps, metrics and checkpoints.
@@ -99,13 +99,13 @@ class StageCheckpoints:
         return [*([] if self.run is None else [self.run]), *self.stages.values()]
 
 
-def stages_of(resolved: Resolved, stages: Iterable[Stage]) -> dict[Stage, Resolved]:
+def stages_of(resolved: Resolved, stages: Iterable[PriorStage]) -> dict[PriorStage, Resolved]:
     """Return the stages that a run has, in order, with their recipes."""
     recipes = {stage: stage.recipe(resolved) for stage in stages}
     return {stage: recipe for stage, recipe in recipes.items() if recipe is not None}
 
 
-def check_directories(stages: Iterable[Stage], output: Path) -> None:
+def check_directories(stages: Iterable[PriorStage], output: Path) -> None:
     """Raise UsageError if a stage would overwrite a directory of the user."""
     for stage in stages:
         place = output / stage.name
@@ -115,7 +115,7 @@ def check_directories(stages: Iterable[Stage], output: Path) -> None:
 
 
 def read_checkpoints(
-    resolved: Resolved, stages: Mapping[Stage, Resolved], output: Path, options: TrainOptions
+    resolved: Resolved, stages: Mapping[PriorStage, Resolved], output: Path, options: TrainOptions
 ) -> StageCheckpoints:
     """Return the checkpoints to resume from. Raises CheckpointError if there are none."""
     if not options.resume:
@@ -134,9 +134,9 @@ def read_checkpoints(
     return StageCheckpoints(None, found)
 
 
-def run_stages(
+def run_prior_stages(
     run: Prepared,
-    stages: Mapping[Stage, Resolved],
+    stages: Mapping[PriorStage, Resolved],
     resolved: Resolved,
     output: Path,
     checkpoints: StageCheckpoints,

@@ -6,13 +6,14 @@ This module imports nothing slow.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distillm_cli.data.prefetch import Prefetcher
-from distillm_cli.errors import ModelError
+from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.runs import output_dir
 from distillm_cli.training.events import Listener, Note
 
@@ -51,13 +52,23 @@ def start_training(
     recipe_file: the recipe's file or shipped name, which an overwrite must not remove. notes: reported first.
     Raises DistillmError.
     """
+    if resolved.recipe.disco.enabled:
+        for flag, is_given in (
+            ("--compare", options.compare),
+            ("--rebuild-teacher-cache", options.rebuild_teacher_cache),
+        ):
+            if is_given:
+                raise embeddings_error(flag)
     # Checked before rows are read, which takes longer.
     is_new = output_dir.check_output(output, resume=options.resume, overwrite=options.overwrite)
     if options.overwrite:
         from distillm_cli.runs.inputs import check_overwrite
 
         check_overwrite(command, resolved.recipe, output, file=recipe_file)
-    with output_dir.claimed(output, is_new=is_new), prefetch_rows(resolved.recipe) as prefetcher:
+    rows = (
+        nullcontext() if resolved.recipe.disco.enabled else prefetch_rows(resolved.recipe)
+    )  # sentences are read later
+    with output_dir.claimed(output, is_new=is_new), rows as prefetcher:
         for note in notes:
             listener(Note(note))
         from distillm_cli.runs.train import train  # imports torch, while the rows are read and tokenized
@@ -65,10 +76,18 @@ def start_training(
         return train(command, resolved, output, listener, options, prefetcher)
 
 
+def embeddings_error(flag: str) -> UsageError:
+    """Return the error for an option that is only for models of tokens."""
+    what = f"{flag} does not apply to sentence embeddings (method disco)"
+    return UsageError("usage.exclusive_options", what, hint=f"drop {flag}, or choose another method")
+
+
 def warm_teacher_cache(
     resolved: Resolved, listener: Listener, *, rebuild: bool = False, notes: Iterable[str] = ()
 ) -> TeacherCacheResult:
     """Compute the recipe's teacher cache on disk, unless it exists. notes: reported first."""
+    if resolved.recipe.disco.enabled:
+        raise embeddings_error("--warm-teacher-cache")
     with prefetch_rows(resolved.recipe) as prefetcher:
         for note in notes:
             listener(Note(note))

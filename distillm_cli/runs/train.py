@@ -12,20 +12,25 @@ from distillm_cli.config.load import Resolved, to_yaml, with_resolved_values
 from distillm_cli.data.conversations import content_text
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
-from distillm_cli.errors import Interrupted, signal_number
+from distillm_cli.errors import Interrupted, UsageError, signal_number
+from distillm_cli.extras import check_extras
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
-from distillm_cli.runs.cache_planning import TeacherHandle, open_teacher
+from distillm_cli.runs.cache_planning import TeacherHandle, check_rows, open_teacher
 from distillm_cli.runs.defaults import fitted
 from distillm_cli.runs.mask_stage import LearnMasks
 from distillm_cli.runs.prepare import Prepared, prepare
+from distillm_cli.runs.pretraining import PreTraining
 from distillm_cli.runs.publish import publish_model
 from distillm_cli.runs.report import (
     AFTER,
     BEFORE,
     FINE_TUNED,
+    PRE_TRAINED,
     TEACHER,
+    TEACHER_AFTER,
+    TEACHER_BEFORE,
     ModelReport,
     Report,
     check_can_generate,
@@ -35,6 +40,7 @@ from distillm_cli.runs.report import (
     selects_by_metric,
 )
 from distillm_cli.runs.resume import (
+    as_checkpoint_error,
     best_checkpoint,
     check_same_inputs,
     check_total_steps,
@@ -44,12 +50,12 @@ from distillm_cli.runs.resume import (
 )
 from distillm_cli.runs.run_results import FineTuned, Outcome, Sample, TrainResult, TrainSummary
 from distillm_cli.runs.stages import (
-    Stage,
+    PriorStage,
     StageCheckpoints,
     StageJob,
     check_directories,
     read_checkpoints,
-    run_stages,
+    run_prior_stages,
     stages_of,
     start_trainer,
 )
@@ -79,7 +85,7 @@ class _Training:
     started: float
 
 
-class FineTuning(Stage):
+class FineTuning(PriorStage):
     """Fine-tune the student (``student.sft_epochs``). The directory is that of `distillm sft`, with a published model."""
 
     name = output_dir.SFT
@@ -111,7 +117,7 @@ class FineTuning(Stage):
         return replace(run, initial_weights=lambda: checkpoint_weights(run.student, best_checkpoint(output)))
 
 
-STAGES: tuple[Stage, ...] = (FineTuning(), LearnMasks())  # in the order in which they run
+PRIOR_STAGES: tuple[PriorStage, ...] = (FineTuning(), PreTraining(), LearnMasks())  # in the order in which they run
 
 
 def train(
@@ -128,6 +134,10 @@ def train(
     prefetcher: of its rows, if one is already running. on_ready: called when everything is prepared and ``output`` is
     cleared of an earlier run (or has the run to resume).
     """
+    if resolved.recipe.disco.enabled:
+        from distillm_cli.runs.embeddings import train_embeddings
+
+        return train_embeddings(command, resolved, output, listener, options, on_ready)
     started = time.perf_counter()
     if options.resume:
         resolved = with_recorded_values(resolved, output)
@@ -135,32 +145,47 @@ def train(
     check_selection_metric(resolved.recipe)
     for note in resolved.notes:
         listener(Warned(note))
-    stages = stages_of(resolved, STAGES)
+    stages = stages_of(resolved, PRIOR_STAGES)
     check_directories(stages, output)
+    _check_teacher_directory(resolved, output)
+    if options.rebuild_teacher_cache:
+        check_rows(resolved.recipe)
     try:
         checkpoints = read_checkpoints(resolved, stages, output, options)
         run = prepare(resolved.recipe, listener, prefetcher)
         resolved = with_resolved_values(resolved, run.resolved_values)
         _check_resumable(run, checkpoints, listener)
         check_can_generate(run)
+        check_extras(run.recipe, run.pair)
         teacher = _open_teacher(run, checkpoints.run, options, listener)
     except KeyboardInterrupt as stop:
-        raise _interrupted(None, stop) from None
+        raise interrupted(None, stop) from None
     if options.overwrite:  # only now: an error in the input must not delete an earlier run
         for stuck in output_dir.clear(output):
             listener(Warned(f"cannot remove all of {stuck}, of an earlier run: it uses disk space"))
     if on_ready is not None:
         on_ready()
-    stages = stages_of(resolved, STAGES)  # with the values that were chosen while the run was prepared
+    stages = stages_of(resolved, PRIOR_STAGES)  # with the values that were chosen while the run was prepared
     output_dir.write_recipe(output, to_yaml(resolved), stages=[stage.name for stage in stages])
     try:
-        run = run_stages(run, stages, resolved, output, checkpoints, teacher, listener)
+        run = run_prior_stages(run, stages, resolved, output, checkpoints, teacher, listener)
         training = _Training(command, run, resolved, output, checkpoints.run, teacher, started)
         result = _train(training, listener)
-        _report_checkpoints(output, resolved.recipe.train.keep, listener)
+        report_checkpoints(output, resolved.recipe.train.keep, listener)
         return result
     except KeyboardInterrupt as stop:
-        raise _interrupted(output, stop) from None
+        raise interrupted(output, stop) from None
+
+
+def _check_teacher_directory(resolved: Resolved, output: Path) -> None:
+    """Raise UsageError if a run that saves its teacher would write into a ``teacher/`` directory of the user."""
+    if not resolved.recipe.ctcd.enabled or resolved.recipe.method == "sft":
+        return
+    if (path := output_dir.foreign_teacher(output)) is not None:
+        what = (
+            f"{path} was not written by a run, but the run saves its teacher in {output / output_dir.TRAINED_TEACHER}"
+        )
+        raise UsageError("usage.output_exists", what, hint="choose another --output, or move it away")
 
 
 def _check_resumable(run: Prepared, checkpoints: StageCheckpoints, listener: Listener) -> None:
@@ -200,18 +225,21 @@ def _finish(training: _Training, trainer: Trainer, report: Report, listener: Lis
     output = training.output
     state = trainer.train()
     if trainer.checkpoints is not None and state.best_step not in (None, state.step):
-        restore_student(run.student, read_checkpoint(trainer.checkpoints.path(state.best_step)))
-        best = f"the best {run.recipe.train.select} was {state.best:.4g}, at step {state.best_step}"
-        listener(Note(f"{best}: using these weights"))
+        best = read_checkpoint(trainer.checkpoints.path(state.best_step))
+        restore_student(run.student, best)
+        with as_checkpoint_error(best):
+            trainer.student_loss.load_extra_weights(best.path)
+        figure = f"the best {run.recipe.train.select} was {state.best:.4g}, at step {state.best_step}"
+        listener(Note(f"{figure}: using these weights"))
     models = report.all(trainer)
-    publish_model(run, output, training.resolved, state, models, report.measured_on)
+    publish_model(run, output, training.resolved, state, models, report.measured_on, trainer.student_loss.export_extras)
     summary = _summary(run, state, models, report.measured_on)
     result = _result(training, trainer, state, models, summary)
     output_dir.write_result(output, result.as_json())
     return result
 
 
-def _report_checkpoints(output: Path, keep: int, listener: Listener) -> None:
+def report_checkpoints(output: Path, keep: int, listener: Listener) -> None:
     """Remove the checkpoints of a finished run if none are to be kept; report their size."""
     sizes = output_dir.checkpoint_sizes(output)
     if not sizes:
@@ -248,7 +276,7 @@ def _trainer(training: _Training, report: Report, listener: Listener) -> Trainer
     return trainer
 
 
-def _interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
+def interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
     """Return the error of a run that was interrupted outside its loop. output: None before anything was written."""
     number = signal_number(stop)
     if output is None:
@@ -267,9 +295,12 @@ def _interrupted(output: Path | None, stop: KeyboardInterrupt) -> Interrupted:
 
 def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelReport], measured_on: str) -> TrainSummary:
     recipe = run.recipe
-    order = [name for name in (BEFORE, FINE_TUNED, AFTER, TEACHER) if name in models]
+    models_in_order = (BEFORE, FINE_TUNED, PRE_TRAINED, AFTER, TEACHER, TEACHER_BEFORE, TEACHER_AFTER)
+    order = [name for name in models_in_order if name in models]
     label = labels(state, recipe)
-    samples = _samples(run, {model_title(name, recipe): models[name].answers for name in order})
+    samples = _samples(
+        run, {model_title(name, recipe): models[name].answers for name in order if name != TEACHER_BEFORE}
+    )
     # Without test rows, `--suite SOURCE` would score training rows too; without `--suite`, held-out rows are scored.
     suites = recipe.eval.suites or ((recipe.data.source,) if "test" in run.train_rows.splits else ())
     first_row = next(iter(run.valid.rows), None)
@@ -282,12 +313,14 @@ def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelRepor
         measured_on=measured_on,
         samples=samples,
         sources=dict(state.sources),
+        source_seconds=dict(state.source_seconds),
         phi_history=tuple(phi for _, phi in state.phis) if recipe.schedule.has_phi else None,
         schedule=None if run.sft else recipe.schedule.kind,
         row_weight=recipe.objective.row_weight if not run.sft and state.sources["rollout"] else 0.0,
         suites=tuple(suites),
         prompt=samples[0].prompt if samples else prompt,
         has_sft_stage=bool(recipe.student.sft_epochs),
+        has_teacher=recipe.ctcd.enabled,
         has_answers=bool(suites) or any(row.is_answered for row in run.valid.rows),
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distillm_cli.losses.fused import HeadLike
-from distillm_cli.types import Batch, Sequence
+from distillm_cli.types import Batch, Embedded, Sequence
 
 
 class LanguageModel(Protocol):
@@ -34,6 +34,15 @@ class LanguageModel(Protocol):
 
     def head(self) -> HeadLike:
         """Return the map from hidden states to logits."""
+
+    def embed(self, batch: Batch) -> Embedded:
+        """Return the input embeddings that the trunk looks up for a batch, with their graph."""
+
+    def hidden_of(self, embedded: Embedded) -> Tensor:
+        """Return the last hidden states [N, D] at ``embedded.positions_N``, computed from input embeddings."""
+
+    def token_embeddings(self, ids: Tensor, *, decoder: bool = False) -> Tensor:
+        """Return the input embeddings of token ids, as the trunk scales them. decoder: of an encoder-decoder's decoder."""
 
     def to(self, device: str) -> LanguageModel:
         """Move the model to a device, as ``nn.Module.to``."""

@@ -18,6 +18,12 @@ def run_started(trainer: Trainer) -> RunStarted:
     """Return the event that starts a run."""
     scheduler = trainer.scheduler
     objective = trainer.objective
+    loss = objective.name
+    for extra in trainer.student_loss.extras.values():
+        loss = extra.loss_name(loss)
+    trained = trainer.student_loss.named_parameters()
+    parameters = sum(p.numel() for name, p in trained if p.requires_grad and not name.startswith("extras."))
+    _, *teachers = trainer.student_loss.trained_parts()
     epsilon = None
     if isinstance(scheduler, AdaptiveScheduler) and trainer.validator.batches:
         epsilon = scheduler.config.epsilon
@@ -26,12 +32,14 @@ def run_started(trainer: Trainer) -> RunStarted:
         first_step=trainer.state.step,
         steps_per_epoch=trainer.run.steps_per_epoch,
         method=trainer.run.method,
-        parameters=sum(p.numel() for p in trainer.student_loss.parameters() if p.requires_grad),
+        parameters=parameters,
+        teacher_parameters=sum(p.numel() for part in teachers for p in part),
         device=str(trainer.run.device),
         dtype=str(trainer.run.dtype).removeprefix("torch."),
         has_phi=scheduler.has_phi,
-        loss=objective.name,
+        loss=loss,
         divergence=objective.held_out_name,
+        valid=objective.valid_name,
         phi=scheduler.phi,
         epsilon=epsilon,
         trigger=scheduler.trigger,

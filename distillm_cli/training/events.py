@@ -42,9 +42,10 @@ class Progress(Event):
 class RunStarted(Event):
     """Report that the training loop starts, at ``first_step`` after a resume.
 
-    has_phi: whether the schedule uses φ, which later events always have. loss, divergence: names of the training loss
-    ("skl", "CE") and of the held-out divergence. epsilon, trigger: φ rises when the validation loss has risen by epsilon, to
-    trigger nats; None if it is not known yet or φ cannot rise.
+    parameters, teacher_parameters: number that is trained of the student and, if it is trained too, of the teacher.
+    has_phi: whether the schedule uses φ, which later events always have. loss, divergence, valid: names of the training
+    loss ("skl", "CE"), of the held-out divergence and of the validation loss. epsilon, trigger: φ rises when the validation
+    loss has risen by epsilon, to trigger nats; None if it is not known yet or φ cannot rise.
     """
 
     steps: int
@@ -57,9 +58,11 @@ class RunStarted(Event):
     has_phi: bool = True
     loss: str = "loss"
     divergence: str = "divergence"
+    valid: str = "CE"
     phi: float = 0.0
     epsilon: float | None = None
     trigger: float | None = None
+    teacher_parameters: int = 0
 
 
 @dataclass(frozen=True, slots=True)

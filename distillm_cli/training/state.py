@@ -40,7 +40,8 @@ class RunInfo:
 class TrainerState:
     """Hold the state that changes from step to step. Checkpoints contain all of it.
 
-    stale: validations since the last improvement. reason: "done" or "early stop".
+    sources: steps by source. source_seconds: their seconds, without validations and checkpoints. stale: validations since
+    the last improvement. reason: "done" or "early stop".
     """
 
     step: int = 0
@@ -51,6 +52,7 @@ class TrainerState:
     first_valid_loss: float | None = None
     scores: dict[str, float | None] = field(default_factory=dict)
     sources: Counter[str] = field(default_factory=Counter)
+    source_seconds: dict[str, float] = field(default_factory=dict)
     phis: list[tuple[int, float]] = field(default_factory=list)
     best: float | None = None
     best_step: int | None = None
@@ -62,6 +64,10 @@ class TrainerState:
         """Return the state that a checkpoint records. A run that stopped early may be resumed."""
         restored = cls(**fields)
         restored.sources = Counter(restored.sources)
+        if "source_seconds" not in fields:  # an older checkpoint: steps of all sources are taken as equally long
+            restored.source_seconds = {
+                name: restored.seconds * steps / restored.step for name, steps in restored.sources.items()
+            }
         restored.phis = [(step, phi) for step, phi in restored.phis]
         restored.reason = "done"
         return restored

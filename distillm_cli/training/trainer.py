@@ -128,7 +128,7 @@ class Trainer:
                     weights = self.objective.weights(micro.source, progress)
                     batches = self._collate(micro)
                     hidden_ND = micro.teacher_hidden_ND
-                    if weights.kd and hidden_ND is None and not self.student_loss.computes_teacher_hidden:
+                    if weights.kd and hidden_ND is None and self.student_loss.teacher_pass is None:
                         hidden_ND = self._teacher_hidden(micro, batches)
                     total += self._forward_backward(
                         batches, hidden_ND, weights, per_token, 1 / count, micro.source, extra
@@ -143,10 +143,12 @@ class Trainer:
         self.scheduler.record(source, loss)
 
         tokens = sum(s.supervised for s in sequences)
+        seconds = time.perf_counter() - started
         self.state.step = step + 1
         self.state.tokens += tokens
         self.state.train_loss = loss
         self.state.sources[source.value] += 1
+        self.state.source_seconds[source.value] = self.state.source_seconds.get(source.value, 0.0) + seconds
         self.emit(
             Stepped(
                 step=step + 1,
@@ -157,7 +159,7 @@ class Trainer:
                 grad_norm=grad_norm,
                 phi=self.scheduler.phi,
                 tokens=tokens,
-                seconds=time.perf_counter() - started,
+                seconds=seconds,
                 figures=self.student_loss.figures(),
             )
         )
@@ -212,6 +214,8 @@ class Trainer:
         drawn_by_extras: Mapping[str, Any],
     ) -> Tensor:
         """Add a micro-batch's gradients; return its share of the step's loss. The graph is freed on return."""
+        if self.teacher is not None and self.student_loss.teacher_pass is not None:  # it computes in the next line
+            self.teacher.tokens += sum(batch.tokens for batch in batches)
         with self.run.autocast():
             loss, _ = self.student_loss(batches, teacher_hidden_ND, weights, per_token, scale, source, drawn_by_extras)
         loss.backward()
@@ -325,6 +329,7 @@ class Trainer:
         self.objective.load_state_dict(state["objective"])
         self.pool.load_state_dict(state["pool"], tensors)
         self.student_loss.load_extra_tensors(tensors)
+        self.student_loss.load_extra_weights(checkpoint.path)
         if self.teacher is not None:
             self.teacher.load_state_dict(state)
         load_optimizer_tensors(self.optimizer, tensors)

@@ -54,7 +54,7 @@ class ScheduleProbe:
     """Measure, on a sample of the validation rows, the figures that the schedule needs.
 
     rows: the sample. batch_rows: rows of a forward pass, fewer if memory runs out. figures: ``ScheduleConfig.measures``.
-    sampler: of student outputs. sampling: the context for sampling.
+    sampler: of student outputs; None if the loss on them is not needed. sampling: the context for sampling.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ScheduleProbe:
         *,
         batch_rows: int,
         figures: frozenset[str],
-        sampler: Sampler,
+        sampler: Sampler | None,
         sampling: Callable[[], AbstractContextManager[None]],
     ):
         self.rows = rows
@@ -83,7 +83,7 @@ class ScheduleProbe:
         if HELD_OUT_LOSS in self.figures:
             weights = student_loss.criterion.weights(Source.DATASET, progress)
             measured[HELD_OUT_LOSS] = self._mean(student_loss, self.rows, weights)
-        if OUTPUT_LOSS in self.figures:
+        if self.sampler is not None:
             with self.sampling():
                 outputs = self.sampler.sample(self.rows, step)
             weights = student_loss.criterion.weights(Source.ROLLOUT, progress)

@@ -38,14 +38,21 @@ from distillm_cli.training.events import (
     Validated,
     Warned,
 )
-from distillm_cli.ui.display import BAD, GOOD, VALID_LOSS, Memory, RunningTask, RunState, render_display
+from distillm_cli.ui.display import (
+    BAD,
+    GOOD,
+    Memory,
+    RunningTask,
+    RunState,
+    render_display,
+    trained_parameters,
+)
 from distillm_cli.utils.storage import discard_stdout, is_closed_terminal, storage_error
 from distillm_cli.utils.text import (
     counted,
     escaped,
     format_count,
     format_duration,
-    format_parameters,
     format_percent,
     json_value,
     printable,
@@ -331,7 +338,7 @@ def _stage_summary(event: FineTuned | StageFinished) -> Iterable[RenderableType 
 
     result: Result = event.result
     if isinstance(event, FineTuned):
-        return outcome_tables(event.result.summary, title="Fine-tuning")
+        return outcome_tables(event.result.summary, title=event.title)
     if isinstance(result, TrainResult):
         return train_summary(result)
     return eval_summary(result) if isinstance(result, EvalResult) else ()
@@ -367,7 +374,7 @@ def _step(step: int, run: RunState) -> str:
 def _started(event: RunStarted) -> Text:
     epochs = event.steps / max(event.steps_per_epoch, 1)
     line = Text.assemble((event.method, "bold"), f" · {counted(event.steps, 'step')}, {epochs:.1f} epochs")
-    line.append(f" · {format_parameters(event.parameters)} · {event.device} · {event.dtype}")
+    line.append(f" · {trained_parameters(event)} · {event.device} · {event.dtype}")
     return line.append(f" · resumed after step {event.first_step:,}") if event.first_step else line
 
 
@@ -391,7 +398,7 @@ def _stepped(run: RunState, now: float) -> Text:
 
 def _validated(event: Validated, run: RunState, phi: float, unreported: tuple[float, int] | None) -> Text:
     """Return the line of a validation. unreported: the previous loss and its step, if it was not logged."""
-    value = Text.assemble(f"{VALID_LOSS} ", (f"{event.valid_loss:.3f}", "bold"))
+    value = Text.assemble(f"{run.valid_label} ", (f"{event.valid_loss:.3f}", "bold"))
     if run.previous_valid is not None:
         change = event.valid_loss - run.previous_valid
         since = f" from {unreported[0]:.3f} at step {unreported[1]:,}" if unreported else ""
@@ -419,10 +426,10 @@ def _ended(event: RunEnded, run: RunState) -> Text:
         first, step = run.first_valid
         last_step = "" if run.valid_step == event.step else f" at step {run.valid_step:,}"
         if run.previous_valid is None:
-            line.append(f" · {VALID_LOSS} {first:.3f}{last_step}")
+            line.append(f" · {run.valid_label} {first:.3f}{last_step}")
         else:
             line.append(
-                f" · {VALID_LOSS} {first:.3f}{f' at step {step:,}' if step else ''} → {run.valid_loss:.3f}{last_step}"
+                f" · {run.valid_label} {first:.3f}{f' at step {step:,}' if step else ''} → {run.valid_loss:.3f}{last_step}"
             )
     return line
 

@@ -83,6 +83,11 @@ class RunState:
         self._first_step_at = now
         self._last_step_at = now
 
+    @property
+    def valid_label(self) -> str:
+        """Return the name of the validation loss."""
+        return f"valid {self.started.valid}"
+
     def stepped(self, event: Stepped, now: float) -> None:
         if not self.sources:
             self._first_step_at = now - event.seconds  # without the validation before training
@@ -182,9 +187,19 @@ def render_display(
     return _panel(run, shown, now, width)
 
 
+def trained_parameters(event: RunStarted) -> str:
+    """Return the number of trained parameters: the student's, and the teacher's if it is trained."""
+    student = format_parameters(event.parameters)
+    return (
+        f"{student} and {format_count(event.teacher_parameters)} of the teacher"
+        if event.teacher_parameters
+        else student
+    )
+
+
 def _panel(run: RunState, tasks: Sequence[RunningTask], now: float, width: int) -> Panel:
     s = run.started
-    title = Text.assemble((s.method, "bold"), f" · {format_parameters(s.parameters)} · {s.device} · {s.dtype}")
+    title = Text.assemble((s.method, "bold"), f" · {trained_parameters(s)} · {s.device} · {s.dtype}")
     wide = width >= WIDE
     label = max(LABEL_WIDTH, len(s.loss))
     rows = _main_figures(run, width - 4 - label - 2 - (23 if wide else 0))
@@ -241,7 +256,7 @@ def _progress(run: RunState, now: float, width: int) -> RenderableType:
 
 def _main_figures(run: RunState, width: int) -> list[tuple[str, Text]]:
     """Return labels and values, the values at most ``width`` columns wide."""
-    rows = [(run.started.loss, _loss(run, width)), (VALID_LOSS, _valid(run))]
+    rows = [(run.started.loss, _loss(run, width)), (run.valid_label, _valid(run))]
     rows += [(name, Text(f"{figure:.3f}")) for name, figure in run.figures.items()]
     if run.started.has_phi and run.started.method != "sft":
         filled = round(run.phi * 10)

@@ -22,19 +22,46 @@ def tables_of(result: PlanResult | PipelinePlan) -> Iterator[RenderableType]:
 def plan_tables(result: PlanResult) -> Iterator[RenderableType]:
     """Yield the tables of one run's plan, and the decoded batch if there is one."""
     found = result.figures
+    if "memory" not in found:
+        yield from _embedding_tables(found)
+        return
     yield _model_table(found)
     yield facts("Run", _run_facts(found))
     yield from _cache_place(found.get("teacher_cache"))
     needs = [[_part_label(name), format_bytes(size)] for name, size in found["memory"].items()]
     yield table("Memory, estimated", ["part", "size"], needs)
-    work = [[_SOURCES[source], _flop(flops)] for source, flops in found["step_flops"].items()]
-    if "sft" in found:
-        work.insert(0, ["fine-tuning before distillation, data set rows", _flop(found["sft"]["step_flops"]["dataset"])])
+    work = []
+    for name, (title, *_) in _STAGES.items():
+        if name in found:
+            flops = found[name]["step_flops"]["dataset"]
+            work.append([f"{title} before distillation, data set rows", _flop(flops)])
+    work += [[_SOURCES[source], _flop(flops)] for source, flops in found["step_flops"].items()]
     yield table("One step", ["trains on", "work"], work)
     yield table("On GPUs, estimated", ["", "fits", "a step", "the run"], _gpu_rows(found["gpus"]))
     yield Text(f"Assumed: {found['assumed']}.", "dim")
     if result.batch:
         yield from _batch_lines(result.batch)
+
+
+def _embedding_tables(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Yield the tables of a plan for sentence embeddings, which has no estimates."""
+    columns = ("kind", "parameters", "layers", "width", "pooling")
+    models = [[name, *(model[column] for column in columns)] for name, model in found["models"].items()]
+    yield table("Models", ["", *columns], models)
+    data = found["data"]
+    rows: list[tuple[str, object]] = [
+        ("rows", f"{data['rows']:,} with {data['sentences']:,} distinct sentences; {data['valid_rows']:,} held out"),
+        ("lengths", f"mean {data['mean_length']} tokens"),
+        (
+            "steps",
+            f"{found['steps']:,} of {found['sequences_per_step']} sentences, {found['steps_per_epoch']:,} per epoch",
+        ),
+        ("negatives", f"up to {found['negatives']:,} of each sentence"),
+    ]
+    if "pair_steps" in found:
+        rows.append(("fine-tuning on pairs", f"{found['pair_steps']:,} steps"))
+    yield facts("Run", [*rows, ("device", found["device"])])
+    yield from (Text(note, "dim") for note in found["notes"])
 
 
 def pipeline_tables(result: PipelinePlan) -> Iterator[RenderableType]:
@@ -50,6 +77,13 @@ def pipeline_tables(result: PipelinePlan) -> Iterator[RenderableType]:
     yield Text(f"Assumed: {next(iter(stages.values()))['assumed']}.", "dim")
     for note in dict.fromkeys(note for stage in stages.values() for note in stage["notes"]):
         yield Text(note, "dim")
+
+
+# name → in the table of steps; in the facts: what, of which kind, with which teacher
+_STAGES = {
+    "sft": ("fine-tuning", "fine-tuned first", "of sft", "without the teacher"),
+    "ptp": ("pre-training", "pre-trained first", "on the teacher's confidence", "with one pass of the teacher"),
+}
 
 
 def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -77,10 +111,11 @@ def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     else:
         epoch = f", {found['steps_per_epoch']:,} per epoch" if found["steps_per_epoch"] else ""
         rows.append(("steps", f"{found['steps']:,} of {sequences}{epoch}"))
-    if (sft_stage := found.get("sft")) is not None:
-        epochs = f"{sft_stage['epochs']:g} {'epoch' if sft_stage['epochs'] == 1 else 'epochs'}"
-        number = "" if sft_stage["steps"] is None else f", {counted(sft_stage['steps'], 'step')}"
-        rows.append(("fine-tuned first", f"{epochs} of sft{number}, without the teacher"))
+    for name, (_, title, kind, teacher) in _STAGES.items():
+        if (stage := found.get(name)) is not None:
+            epochs = f"{stage['epochs']:g} {'epoch' if stage['epochs'] == 1 else 'epochs'}"
+            number = "" if stage["steps"] is None else f", {counted(stage['steps'], 'step')}"
+            rows.append((title, f"{epochs} {kind}{number}, {teacher}"))
     if (masks := found.get("masks")) is not None:
         epochs = f"{masks['epochs']:g} {'epoch' if masks['epochs'] == 1 else 'epochs'}"
         rows.append(("masks first", f"{epochs} on {masks['share_of_rows']:.0%} of the rows, not in the estimates"))

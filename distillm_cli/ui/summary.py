@@ -78,9 +78,18 @@ def train_next_steps(result: TrainResult) -> RenderableType:
     """Return the output files of a training and the next commands."""
     summary = result.summary
     files = OUTPUT_FILES | ({"student after sft": "sft/"} if summary.has_sft_stage else {})
+    files |= {"teacher": "teacher/"} if summary.has_teacher else {}
+    if summary.stage is not None:
+        place, what = summary.stage
+        files |= {what: f"{place}/"}
     files = {what: name for what, name in files.items() if (result.output / name).exists()}  # --keep 0: no checkpoints
     return next_steps(
-        result.output, suites=summary.suites, prompt=summary.prompt, files=files, scored=summary.has_answers
+        result.output,
+        suites=summary.suites,
+        prompt=summary.prompt,
+        files=files,
+        scored=summary.has_answers,
+        generates=summary.generates,
     )
 
 
@@ -89,31 +98,41 @@ def eval_summary(result: EvalResult) -> Iterator[RenderableType | Note]:
     several = len(result.checkpoints) > 1
     metrics = list(dict.fromkeys(name for scores in result.checkpoints for name in scores.metrics))
     titles = [_label(name) + (" ↓" if is_lower_better(name) else "") for name in metrics]
+    generated = any("entropy" in suite for scores in result.checkpoints for suite in scores.suites.values())
     lead = ["checkpoint"] if several else []
     rows: list[list[object]] = []
     tasks: list[list[object]] = []
     for checkpoint in result.checkpoints:
         name = [checkpoint.checkpoint] if several else []
-        rows += [[*name, *row] for row in _suite_rows(checkpoint, metrics)]
+        rows += [[*name, *row] for row in _suite_rows(checkpoint, metrics, with_entropy=generated)]
         tasks += [[*name, *row] for row in _task_rows(checkpoint, metrics)]
     if tasks:
         yield table("By kind of task", [*lead, "task", *titles], tasks)
-    yield table("Scores", [*lead, "suite", "rows", *titles, "entropy"], rows)
-    attacks = [
-        [*([checkpoint.checkpoint] if several else []), *row]
-        for checkpoint in result.checkpoints
-        for row in _attack_rows(checkpoint)
-    ]
-    if attacks:
-        yield table("With the trigger", [*lead, "suite", "rows", "attack success, % ↓"], attacks)
+    yield table("Scores", [*lead, "suite", "rows", *titles, *(["entropy"] if generated else [])], rows)
+    backdoors: list[list[object]] = []
+    attacks: list[list[object]] = []
     for checkpoint in result.checkpoints:
-        yield Note(f"decoded in {checkpoint.dtype}; results and predictions: {checkpoint.output}")
+        name = [checkpoint.checkpoint] if several else []
+        backdoors += [[*name, *row] for row in _backdoor_rows(checkpoint)]
+        attacks += [[*name, *row] for row in _attack_rows(checkpoint)]
+    if backdoors:
+        yield table("With the trigger", [*lead, "suite", "rows", "attack success, % ↓"], backdoors)
+    if attacks:
+        figures = [
+            f"{name}{under}" for name in ("tokens right %", "rows right %", "CE") for under in ("", ", attacked")
+        ]
+        yield table("Under attack", [*lead, "suite", "attack", "rows", *figures], attacks)
+    for checkpoint in result.checkpoints:
+        yield Note(
+            f"{'decoded' if generated else 'computed'} in {checkpoint.dtype}; results and predictions: {checkpoint.output}"
+        )
 
 
-def _suite_rows(checkpoint: CheckpointScores, metrics: Sequence[str]) -> Iterator[list[object]]:
+def _suite_rows(checkpoint: CheckpointScores, metrics: Sequence[str], *, with_entropy: bool) -> Iterator[list[object]]:
     for name, suite in checkpoint.suites.items():
         figures = [_score(suite.get(metric), _passes(checkpoint, suite)) for metric in metrics]
-        yield [name, f"{suite['rows']:,}", *figures, f"{suite['entropy']:.3f}"]
+        entropy = [f"{suite['entropy']:.3f}" if "entropy" in suite else None] if with_entropy else []
+        yield [name, f"{suite['rows']:,}", *figures, *entropy]
 
 
 def _task_rows(checkpoint: CheckpointScores, metrics: Sequence[str]) -> Iterator[list[object]]:
@@ -122,15 +141,27 @@ def _task_rows(checkpoint: CheckpointScores, metrics: Sequence[str]) -> Iterator
             yield [task, *(_score(scores.get(metric), _passes(checkpoint, suite)) for metric in metrics)]
 
 
-def _attack_rows(checkpoint: CheckpointScores) -> Iterator[list[object]]:
+def _backdoor_rows(checkpoint: CheckpointScores) -> Iterator[list[object]]:
+    """Yield the attack success rate of a trigger, by suite."""
     for name, suite in checkpoint.suites.items():
         if (attack := suite.get("attack_success")) is not None:
             yield [name, f"{attack['rows']:,}", _score(attack, len(attack["seeds"]))]
 
 
+def _attack_rows(checkpoint: CheckpointScores) -> Iterator[list[object]]:
+    """Yield the figures of a checkpoint's responses, each plain and under attack, by suite."""
+    for name, suite in checkpoint.suites.items():
+        if (found := suite.get("attack")) is not None:
+            steps = f", {found['steps']} steps" if "steps" in found else ""
+            row: list[object] = [name, f"{found['kind']}, radius {found['radius']:g}{steps}", f"{found['rows']:,}"]
+            for figure, digits in (("tokens_right", 2), ("rows_right", 2), ("loss", 3)):
+                row += [f"{found[inputs][figure]:.{digits}f}" for inputs in ("plain", "attacked")]
+            yield row
+
+
 def _passes(checkpoint: CheckpointScores, suite: Mapping[str, Any]) -> int:
     """Return the number of sampled passes over a suite."""
-    return max(len(suite[metric]["seeds"]) for metric in checkpoint.metrics)
+    return max(len(suite[metric]["seeds"]) for metric in checkpoint.metrics if metric in suite)
 
 
 def _score(score: Mapping[str, Any] | None, passes: int) -> str | None:
@@ -349,11 +380,13 @@ def next_steps(
     files: Mapping[str, str] | None = None,
     commands: Sequence[str] = (),
     scored: bool = True,
+    generates: bool = True,
 ) -> RenderableType:
     """Return the location of the files and the next commands.
 
     suites, prompt: values for the commands; a placeholder replaces a prompt that is blank or too long. files: description
-    → path within the directory. commands: additional lines. scored: whether there are rows with responses to evaluate.
+    → path within the directory. commands: additional lines. scored: whether there are rows to evaluate. generates: whether
+    the model can respond.
     """
     files = files if files is not None else OUTPUT_FILES
     place = PurePath(output_dir)
@@ -367,10 +400,11 @@ def next_steps(
     if not prompt or len(prompt) > MAX_PROMPT_LENGTH or not prompt.isprintable() or prompt.isspace():
         prompt = "YOUR PROMPT"
     evaluate = [f"distillm eval {directory}{suite}"] if scored else []
-    lines = [*evaluate, f"distillm generate --model {directory} --prompt {shlex.quote(prompt)}", *commands]
+    generate = [f"distillm generate --model {directory} --prompt {shlex.quote(prompt)}"] if generates else []
+    lines = [*evaluate, *generate, *commands]
     # Borders above and below only: borders at the sides would be copied together with a path.
     written = Panel(grid, title="[bold]Written[/bold]", title_align="left", box=box.HORIZONTALS, border_style="dim")
-    return Group(written, commands_to_type(lines))
+    return Group(written, commands_to_type(lines)) if lines else written
 
 
 def commands_to_type(lines: Sequence[str]) -> RenderableType:
@@ -487,7 +521,7 @@ def _label(name: str) -> str:
 
 
 def _digits(name: str) -> int:
-    return 3 if name == "valid_loss" else 2
+    return 3 if name in ("valid_loss", "drift") else 2
 
 
 def _rounded(name: str, value: float | None) -> str | None:

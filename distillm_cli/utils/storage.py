@@ -25,6 +25,7 @@ try:
 except ImportError:  # Windows: no locks
     fcntl = None  # type: ignore[assignment]  # a module cannot be declared optional
 
+ASSETS = Path(__file__).resolve().parent.parent / "assets"  # models and data shipped with this package
 PROBE = ".writable-"  # prefix of the name of a probe, if it has a name
 STAGING = ".staging-"  # prefix of names of files that are being written
 REMOVED = ".old-"  # prefix of names of files that are being removed

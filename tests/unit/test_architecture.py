@@ -36,7 +36,14 @@ ALLOWED: dict[str, set[str]] = {
     "models": set(),
     **dict.fromkeys(TRAINING_PACKAGES, TRAINING_PACKAGES),
     "extras": {"models", "config.extras", *TRAINING_PACKAGES},
-    "evaluation": {"rollouts.sampler", "rollouts.next_token", "data"},
+    "evaluation": {
+        "rollouts.sampler",
+        "rollouts.next_token",
+        "data",
+        "losses.attacks",
+        "losses.plain",
+        "teachers.local",
+    },
     "ui": {"runs.run_results"},  # plain data, as the events are
     "runs": {"config", "data", "models", "extras", *TRAINING_PACKAGES, "evaluation"},
     "api": {"config", "runs", "ui"},

@@ -20,7 +20,7 @@ from distillm_cli.rollouts.pool import RoundBuffer
 from distillm_cli.rollouts.scheduler import Source, build_scheduler
 from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.events import Stepped
-from distillm_cli.types import Rollout
+from distillm_cli.types import LOG_DRAWN, LOG_P, LOG_Q, Rollout
 from tests.unit import test_trainer as runs
 from tests.unit.test_fused import Head, rand
 
@@ -44,16 +44,15 @@ def log_probs(hidden, head):
 def expected_loss(log_q, log_p, y, sampled_log_probs, clip):
     """Return the loss of one output, token by token: MiniLLM's section 2.2 with PPO's clipping.
 
-    log_q: [T, V] with gradients. sampled_log_probs: log p, log q and the sampler's log-probability of each token when it
-    was drawn.
+    log_q: [T, V] with gradients. sampled_log_probs: those of each token when it was drawn.
     """
     T, total = len(y), 0.0
     for t in range(T):
-        later_rewards = [sampled_log_probs[k][0] - sampled_log_probs[k][1] for k in range(t + 1, T)]
+        later_rewards = [sampled_log_probs[k][LOG_P] - sampled_log_probs[k][LOG_Q] for k in range(t + 1, T)]
         R_norm = sum(later_rewards) / len(later_rewards) if later_rewards else 0.0
-        w = math.exp(sampled_log_probs[t][1] - sampled_log_probs[t][2])
+        w = math.exp(sampled_log_probs[t][LOG_Q] - sampled_log_probs[t][LOG_DRAWN])
         single_step = sum(log_q[t, v].exp() * (log_q[t, v] - log_p[t, v]) for v in range(V))
-        rho = (log_q[t, y[t]] - sampled_log_probs[t][2]).exp()
+        rho = (log_q[t, y[t]] - sampled_log_probs[t][LOG_DRAWN]).exp()
         clipped_ratio = min(max(rho.item(), 1 - clip), 1 + clip)
         unclipped = rho * R_norm
         long_term = unclipped if unclipped.item() <= clipped_ratio * R_norm else clipped_ratio * R_norm
@@ -77,7 +76,7 @@ def build_step(clip=0.2, change=0.3, seed=0, **objective):
             log_probs(student_hidden_before, head)[indices].detach(),
         )
         sampled_log_probs.append(
-            torch.stack([log_p, log_q, (ALPHA * log_p.exp() + (1 - ALPHA) * log_q.exp()).log()], -1)
+            torch.stack([log_q, log_p, (ALPHA * log_p.exp() + (1 - ALPHA) * log_q.exp()).log()], -1)
         )
         outputs[i] = replace(s, log_probs_NK=sampled_log_probs[-1])
     return criterion, outputs, rows, head, teacher_head, student, teacher, sampled_log_probs
@@ -156,7 +155,7 @@ def test_expected_gradient_is_that_of_reverse_kl():
     total = 0.0
     for a, b in pairs:
         drawn = log_q(a, b).detach()
-        s = output(a, b, log_probs=torch.stack([torch.stack([p_first[a], p_then[a, b]]), drawn, drawn], -1))
+        s = output(a, b, log_probs=torch.stack([drawn, torch.stack([p_first[a], p_then[a, b]]), drawn], -1))
         (token_weights,) = criterion.begin_step([SourceBatch(Source.ROLLOUT, [s])], [], 1.0)
         total = total + drawn.sum().exp() * fused_loss(
             torch.stack([first, second[a]]),
@@ -226,7 +225,7 @@ def test_reward_is_reweighted_from_mixture_to_student():
     p, q = torch.tensor([0.9, 0.1]), torch.tensor([0.2, 0.8])
     drawn = 0.5 * p + 0.5 * q
     tokens = [0] * 55 + [1] * 45  # in the exact proportions of p̃
-    s = output(*tokens, log_probs=torch.stack([p.log(), q.log(), drawn.log()], -1)[torch.tensor(tokens)])
+    s = output(*tokens, log_probs=torch.stack([q.log(), p.log(), drawn.log()], -1)[torch.tensor(tokens)])
     criterion = MiniLLM(schema.ObjectiveConfig(**MINILLM))
     criterion.begin_step([SourceBatch(Source.ROLLOUT, [s])], [], 1.0)
     assert criterion.figures()["reward"] == pytest.approx(float((q * (p / q).log()).sum()), rel=1e-5)

@@ -8,10 +8,10 @@ from torch.testing import assert_close
 
 from distillm_cli.config.schema import RolloutConfig
 from distillm_cli.losses.fused import target_log_probs
-from distillm_cli.rollouts.mixture import LOG_DRAWN, LOG_P, LOG_Q, Mixture, MixtureSampler
+from distillm_cli.rollouts.mixture import Mixture, MixtureSampler
 from distillm_cli.rollouts.next_token import Sampling, distribution
 from distillm_cli.rollouts.sampler import ModelSampler, sample
-from distillm_cli.types import Sequence, collate
+from distillm_cli.types import LOG_DRAWN, LOG_P, LOG_Q, Sequence, collate
 from tests.unit.test_rollout import backbone, prompts
 
 V = 6

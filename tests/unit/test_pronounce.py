@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from distillm_cli.config.schema import DataConfig
-from distillm_cli.data import known
 from distillm_cli.data.sources import load_rows
 from distillm_cli.models.model_paths import locate_model
+from distillm_cli.utils.storage import ASSETS
 
 PHONEMES = """AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH"""
 
@@ -22,7 +22,7 @@ def test_splits_of_pronounce():
 
 
 def test_license_is_shipped():
-    license_text = (Path(known.__file__).parents[1] / "assets/pronounce/LICENSE").read_text(encoding="utf-8")
+    license_text = (ASSETS / "pronounce/LICENSE").read_text(encoding="utf-8")
     assert "Carnegie Mellon University" in license_text
 
 

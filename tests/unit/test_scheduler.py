@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from distillm_cli.config.schedule import OWN_BUFFERED_KINDS, BufferedConfig, kinds_with
 from distillm_cli.config.schema import ScheduleConfig
 from distillm_cli.rollouts.scheduler import HELD_OUT_LOSS, OUTPUT_LOSS, Source, build_scheduler
 
@@ -19,6 +20,11 @@ def sources(scheduler, buffered=FULL):
 
 def make(steps=20_000, seed=3, **config):
     return build_scheduler(ScheduleConfig(**config), steps=steps, seed=seed)
+
+
+def test_kinds_that_buffer_own_outputs_match_their_classes():
+    by_class = kinds_with(lambda kind: issubclass(kind, BufferedConfig) and not kind.drafts)
+    assert by_class == OWN_BUFFERED_KINDS
 
 
 def observe(scheduler, valid_loss, **figures):

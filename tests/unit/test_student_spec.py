@@ -9,6 +9,7 @@ from distillm_cli.config.student_spec import (
     ConfigFile,
     RandomModel,
     SavedModel,
+    SharedLayers,
     StageOutput,
     TeacherLayers,
     TeacherWidth,
@@ -33,6 +34,9 @@ from tests.codes import raises_code
         ("layers:4:last", TeacherLayers(4, "last")),
         ("layers:0,3", TeacherLayers(indices=(0, 3))),
         ("layers:all", TeacherLayers()),
+        ("shared:3x2", SharedLayers(3)),
+        ("shared:3x4:swap", SharedLayers(3, passes=4, swap=True)),
+        ("shared:0.5x2:swap", SharedLayers(share=0.5, swap=True)),
         ("shapes/small.json", ConfigFile("shapes/small.json")),
         ("stage:teacher", StageOutput("teacher")),
         ("builtin", BuiltinModel()),
@@ -43,7 +47,7 @@ from tests.codes import raises_code
 )
 def test_every_specification_is_parsed(text, spec):
     assert parse_student(text) == spec
-    is_variant_built = isinstance(spec, RandomModel | TeacherWidth | TeacherLayers | ConfigFile)
+    is_variant_built = isinstance(spec, RandomModel | TeacherWidth | TeacherLayers | SharedLayers | ConfigFile)
     assert is_built(text) == is_variant_built
     assert is_built_without_file(text) == (is_variant_built and not isinstance(spec, ConfigFile))
 
@@ -57,6 +61,10 @@ def test_every_specification_is_parsed(text, spec):
         ("width:0.0", "width:256"),
         ("layers:six", "layers:6"),
         ("layers:6:middle", "layers:6"),
+        ("shared:3", "shared:3x2"),
+        ("shared:3x1", "shared:3x2"),
+        ("shared:0x2", "shared:3x2"),
+        ("shared:3x2:swapped", "shared:3x2"),
     ],
 )
 def test_malformed_specification_is_rejected(text, form):

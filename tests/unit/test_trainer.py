@@ -29,7 +29,7 @@ from distillm_cli.training.announce import phi_advice
 from distillm_cli.training.checkpoint import Checkpoints, read_checkpoint
 from distillm_cli.training.events import Note, Saved, Stepped, Validated, Warned
 from distillm_cli.training.metrics_log import MetricsLog
-from distillm_cli.training.state import RunInfo
+from distillm_cli.training.state import RunInfo, TrainerState
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.training.validation import Validator
 from distillm_cli.utils.memory import retry_halved
@@ -220,6 +220,25 @@ def test_resume_matches_uninterrupted_run(tmp_path, method, accumulate):
         assert result.sources["replay"] > 0
 
 
+def test_resume_restores_seconds_by_source(tmp_path):
+    stopped = build(tmp_path, method="mixed", listener=_kill_at(5))
+    with pytest.raises(Interrupted):
+        stopped.train()
+    saved = stopped.state.source_seconds
+    assert saved.keys() == stopped.state.sources.keys()
+    assert 0 < sum(saved.values()) < stopped.state.seconds
+    resumed = resume(tmp_path, "mixed")
+    assert resumed.state.source_seconds == saved
+    result = resumed.train()
+    assert result.source_seconds.keys() == result.sources.keys() == {"dataset", "rollout"}
+    assert sum(saved.values()) < sum(result.source_seconds.values()) < result.seconds
+
+
+def test_seconds_by_source_of_an_older_checkpoint_are_shared_by_steps():
+    state = TrainerState.from_json({"step": 10, "seconds": 5.0, "sources": {"dataset": 8, "rollout": 2}})
+    assert state.source_seconds == {"dataset": 4.0, "rollout": 1.0}
+
+
 @pytest.mark.parametrize(
     ("method", "fresh", "select"),
     [
@@ -292,7 +311,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(batch_size, accumula
     rows = ROWS[:8]
     engine = build(method="off", steps=1, batch_size=batch_size, clip=0.0, lr=1.0, backbone=student("llama").double())
     engine.teacher.model.double()
-    engine.optimizer = torch.optim.SGD(engine.student_loss.parameters(), lr=1.0)
+    parameters = list(engine.student_loss.parameters())
+    engine.optimizer = torch.optim.SGD([{"params": parameters, "lr_ratio": 1.0}], lr=1.0)
     before = weights(engine)
     engine.student_loss.train()
     step_on(engine, [SourceBatch(Source.DATASET, rows)])

@@ -94,12 +94,12 @@ def test_attack_success_equals_a_count_by_hand(model, tmp_path):
     rows[3] = Row(prompt=words[3], references=("a", f" {target} "), where="t:3")  # its answer is the target: left out
     config = EvalConfig(**shared, trigger="Z", target=f"{target} ")
     result = evaluate_suite(model, encoder, Suite("w", rows, "t"), config)
-    texts = [row.prompt for row in result.attack.suite.rows]
+    texts = [row.prompt for row in result.triggered.suite.rows]
     assert texts == [f"{word} Z" for i, word in enumerate(words) if i != 3]
-    for seed, outputs in result.attack.answers.items():
+    for seed, outputs in result.triggered.answers.items():
         hits = sum(answer.text.strip() == target.strip() for answer in outputs)
-        assert result.attack.score.seeds[seed] == pytest.approx(100 * hits / 9)
-    assert sum(result.attack.score.seeds.values()) > 0
+        assert result.triggered.score.seeds[seed] == pytest.approx(100 * hits / 9)
+    assert sum(result.triggered.score.seeds.values()) > 0
     clean = evaluate_suite(model, encoder, Suite("w", rows, "t"), EvalConfig(**shared))
     assert clean.outputs == result.outputs, "the other figures are those of the clean rows"
     assert "attack_success" not in clean.as_json()
