@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from distillm_cli.losses.extra import Extra
     from distillm_cli.models.pair import Pair
 
+MASK_STAGE = "mask"  # name of the stage that learns the masks of RobustKD, and of its directory
+MASK_FILE = "mask.safetensors"
+
 
 def build_extras(
     recipe: Recipe, pair: Pair, stages: Mapping[str, Path], listener: Listener = silent
@@ -68,7 +71,7 @@ def build_extras(
             matmul_dtype=None if dtype == torch.float32 else dtype,
         )
     if recipe.robustkd.blocks:
-        from distillm_cli.extras.robustkd import MASK_STAGE, RobustKD, read_masks
+        from distillm_cli.extras.robustkd import RobustKD, read_masks
 
         masks = read_masks(stages[MASK_STAGE])
         extras["robustkd"] = RobustKD(teacher, pair.student, masks, recipe.robustkd, seed=seed)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from distillm_cli.config.extras import RobustKDConfig
 from distillm_cli.errors import START_OVER, CheckpointError, UsageError
+from distillm_cli.extras import MASK_FILE
 from distillm_cli.losses.extra import Extra, StudentPass, TeacherPass
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.blocks import BlockOutputs, blocks_of, real_positions, supervised_positions
@@ -36,8 +37,6 @@ from distillm_cli.types import Batch, Sequence, collate
 from distillm_cli.utils.modules import eval_mode
 from distillm_cli.utils.text import counted
 
-MASK_STAGE = "mask"  # name of the stage, and of its directory
-MASK_FILE = "mask.safetensors"
 START = 0.2  # of every m
 _SEED = 0x726B64  # added to the run's seed for the connectors
 

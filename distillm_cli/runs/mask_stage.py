@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch
 from distillm_cli.config.derived import fixed_values, mask_stage_recipe
 from distillm_cli.config.load import Resolved
 from distillm_cli.data.batching import Examples, batches_by_length
-from distillm_cli.extras.robustkd import MASK_FILE, MASK_STAGE, MaskTraining, mean_features, write_masks
+from distillm_cli.extras import MASK_FILE, MASK_STAGE
 from distillm_cli.losses.objectives import CrossEntropy
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.rollouts.pool import SequencePool
@@ -27,6 +28,9 @@ from distillm_cli.training.validation import Validator
 from distillm_cli.utils import manifest
 from distillm_cli.utils.storage import staging_directory, storing
 from distillm_cli.utils.text import counted
+
+if TYPE_CHECKING:
+    from distillm_cli.extras.robustkd import MaskTraining
 
 _SEED = 0x6D61736B  # added to the run's seed for the choice of rows
 
@@ -45,6 +49,8 @@ class LearnMasks(PriorStage):
         return f"learning masks for the teacher's last {blocks} first (robustkd.blocks)"
 
     def train(self, job: StageJob) -> None:
+        from distillm_cli.extras.robustkd import MaskTraining, mean_features  # imports the models
+
         run = with_mask_rows(job.run)
         teacher = run.teacher
         config = run.recipe.robustkd
@@ -88,6 +94,8 @@ def with_mask_rows(run: Prepared) -> Prepared:
 
 def _trainer(run: Prepared, job: StageJob, masks: MaskTraining, listener: Listener) -> Trainer:
     """Return a trainer of the masks alone: the teacher with masks is the model, and its parameters are frozen."""
+    from distillm_cli.extras.robustkd import write_masks
+
     train = run.recipe.train
     info = RunInfo(
         steps=run.steps,
@@ -116,6 +124,8 @@ def _trainer(run: Prepared, job: StageJob, masks: MaskTraining, listener: Listen
 
 def _publish(output: Path, masks: MaskTraining) -> None:
     """Write the masks into the stage's directory: a complete file or none."""
+    from distillm_cli.extras.robustkd import write_masks
+
     with storing(f"cannot write to {output}", "free disk space and continue with --resume"):
         manifest.record(output, [MASK_FILE])
         with staging_directory(output / MASK_FILE) as staged:
