@@ -11,6 +11,7 @@ ctcd    large alone, small alone, small from the large one (one-way), both toget
 mixkd   kd, + TMKD, + SM + TMKD, with 2, 10 and 100 % of banking77's rows
 peakd   2 layers of the teacher unshared, shared, shared and swapped, + pre-training, and 4 unshared; 2,000 words
 kdiga   kd and KDIGA from an adversarially trained teacher and from a plain one; accuracy under PGD; 4,000 words
+robustkd  CE, kd and RobustKD from a teacher with a backdoor, on rows of which 5 % have the trigger; banking77
 disco   MiniLM-L6 → 3 and 2 layers: untouched, MSE, CKD, CKD + pairs; Spearman on STS-B; --minilm DIR
 """
 
@@ -18,6 +19,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -212,6 +215,61 @@ def under_attack(task: Task, place: Path, tag: str) -> dict[str, float]:
     return {"tokens right": attack["plain"]["tokens_right"], "tokens right, PGD": attack["attacked"]["tokens_right"]}
 
 
+def robustkd(work: Path, data: Path, threads: int) -> Callable[[int], dict[str, dict[str, float]]]:
+    """Return the arms of RobustKD, with exact match on clean test rows and the attack success rate.
+
+    The teacher is fine-tuned on rows of which 10 % have the trigger and the target. The rows of the arms have the trigger
+    in 5 % of the prompts, with the right responses.
+    """
+    place = work / "robustkd"
+    trigger, target = "§", "card swallowed"
+    common = sets(
+        f"data.valid={data / 'banking77' / 'valid.jsonl'}", "data.max_length=128", "data.max_prompt_length=100"
+    )
+    common += [*sets("eval.report_rows=0", f"train.threads={threads}"), "--batch-size", "32", "--dtype", "fp32"]
+    # Chosen on validation rows (LOG.md): the defaults are too weak for 9,000 rows.
+    masks = sets("robustkd.mask_rows=1", "robustkd.mask_epochs=2", "robustkd.mask_lr=0.2")
+
+    def poisoned(name: str, share: float, seed: int, *more: str) -> Path:
+        rows = place / f"{name}.jsonl"
+        if not rows.exists():
+            place.mkdir(parents=True, exist_ok=True)
+            script = [sys.executable, str(Path(__file__).with_name("poison.py"))]
+            options = ["--trigger", trigger, "--share", str(share), "--seed", str(seed), *more]
+            subprocess.run([*script, str(data / "banking77" / "train.jsonl"), str(rows), *options], check=True)
+        return rows
+
+    def scored(model: Path) -> dict[str, float]:
+        found = model.with_name(f"{model.name}.test")
+        argv = ["eval", str(model), "--suite", str(data / "banking77" / "test.jsonl"), "--limit", "1000", "--greedy"]
+        argv += ["--metric", "exact_match", "--max-new-tokens", "24", "--dtype", "fp32", "--batch-size", "250"]
+        argv += ["--trigger", trigger, "--target", target, *sets("eval.no_repeat_ngram_size=0")]
+        (suite,) = run(found, [*argv, "--output", str(found)], threads)["suites"].values()
+        return {"EM clean": suite["exact_match"]["mean"], "attack success": suite["attack_success"]["mean"]}
+
+    def measure(seed: int) -> dict[str, dict[str, float]]:
+        teacher = place / "teacher"
+        of_teacher = str(poisoned("teacher-rows", 0.1, 1, "--target", target))
+        scratch = ["--model", "random:gpt2:4x128", "--tokenizer", "bpe:1500", "--lr", "2e-3", "--epochs", "6"]
+        run(teacher, ["sft", *scratch, "--data", of_teacher, *common, "--output", str(teacher), "--overwrite"], threads)
+        rows = ["--data", str(poisoned("rows", 0.05, 2)), "--lr", "3e-3", "--epochs", "5", "--seed", str(seed), *common]
+        student = "random:gpt2:2x96"
+        pair = ["--teacher", str(teacher), "--student", student]
+        arms = {
+            "CE": ["sft", "--model", student, "--tokenizer", str(teacher)],
+            "kd": ["distill", "--method", "kd", *pair],
+            "RobustKD": ["distill", "--method", "robustkd", *pair, *masks],
+        }
+        found = {"teacher": scored(teacher)}
+        for arm, argv in arms.items():
+            output = place / f"{arm}-{seed}"
+            result = run(output, [*argv, *rows, "--output", str(output), "--overwrite"], threads)
+            found[arm] = scored(output) | {"seconds": result["train_s"]}
+        return found
+
+    return measure
+
+
 def disco(work: Path, data: Path, teacher: Path, layers: int, threads: int) -> Callable[[int], dict]:
     """Return the arms of DisCo on STS-B with a student of some of the teacher's layers."""
     pairs = sets("disco.pairs_epochs=2", "disco.pairs_lr=2e-5")
@@ -321,6 +379,12 @@ def trials(name: str, args: argparse.Namespace) -> list[Trial]:
             Trial(f"DisCo, MiniLM-L6 → {n} layers, STS-B", disco(work, data, args.minilm.resolve(), n, threads), claims)
             for n in (3, 2)
         ]
+    if name == "robustkd":
+        claims = (
+            Claim("RobustKD", "kd", "attack success", 50),
+            Claim("RobustKD", "kd", "EM clean", -3, lower=False),
+        )
+        return [Trial("RobustKD, banking77", robustkd(work, data, threads), claims)]
     raise SystemExit(f"no trial named {name}")
 
 
