@@ -1,10 +1,10 @@
 """Measure the related systems (docs/related.md) on real rows, every model through the command line.
 
-    python benchmarks/related.py okd ctcd mixkd peakd --work DIR --data DIR [--seeds 10 11 12] [--jobs 2] [--report]
+    python benchmarks/related.py okd ctcd mixkd peakd --work DIR --data DIR [--seeds 10 11 12] [--jobs 2]
 
 Each trial trains its arms per seed and prints, per arm, the mean and standard deviation over the seeds, then for each
 claim the difference by seed and whether it holds for the mean. Test rows are only scored: settings were chosen on
-validation rows, or are the defaults. Results are cached per run, and --report prints what exists.
+validation rows, or are the defaults. Results are cached per run: the same command continues an interrupted trial.
 
 okd     kd, OKD and GKD (as many steps as take OKD's seconds); letters → phonemes and banking77, 2,000 rows
 ctcd    large alone, small alone, small from the large one (one-way), both together (CTCD); letters → phonemes, 4,000 rows
