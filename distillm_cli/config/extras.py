@@ -151,7 +151,9 @@ class DisCoConfig(Section):
         "for 5 million sentences.",
     )
     temperature: Annotated[float, Field(gt=0), _INFONCE] = Field(
-        20.0, description="Initial value of τ, the trained scale of the cosines."
+        20.0,
+        description="Initial value of τ, the trained scale of the cosines. The released code has 20, its training "
+        "script e, which the method sets.",
     )
     pooling: Annotated[Literal["auto", "cls", "mean", "last"], _DISCO] = Field(
         "auto",

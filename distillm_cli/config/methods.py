@@ -310,6 +310,7 @@ register_method(
         preset={
             "schedule.kind": "off",
             "disco.enabled": True,
+            "disco.temperature": 2.718,
             "data.max_length": 128,
             "train.batch_size": 64,
             "train.epochs": 5.0,

@@ -447,12 +447,13 @@ def _save_modules(encoder: SentenceEncoder, directory: Path, dense: Tensor | Non
     pooling = {flag: name == active for flag, name in _POOLING_FLAGS.items()}
     if encoder.loads_in_sentence_transformers:
         _write(directory / _MODULES, modules)
-    _write(directory / "sentence_bert_config.json", {"max_seq_length": encoder.max_length, "do_lower_case": False})
+    limits = {"max_seq_length": encoder.max_length, "do_lower_case": encoder.lower_case}
+    _write(directory / "sentence_bert_config.json", limits)
     versions = {"sentence_transformers": _VERSION}
     settings = {
         "__version__": versions,
-        "prompts": {},
-        "default_prompt_name": None,
+        "prompts": {"default": encoder.prompt} if encoder.prompt else {},
+        "default_prompt_name": "default" if encoder.prompt else None,
         "similarity_fn_name": "cosine",
     }
     _write(directory / "config_sentence_transformers.json", settings)

@@ -6,6 +6,8 @@ The trainer is that of every run. Its batches are sentences, or pairs of them, a
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -157,7 +159,11 @@ class EmbeddingRun:
     def inputs(self) -> dict[str, str]:
         """Return fingerprints of the run's models and rows, by name. A resume compares them."""
         rows = {"training rows": self.sequences, "held-out rows": self.held_out.sequences}
-        return {**self.fingerprints, **{name: rows_digest(found) for name, found in rows.items()}}
+        found = {**self.fingerprints, **{name: rows_digest(sequences) for name, sequences in rows.items()}}
+        if self.recipe.disco.pairs_epochs:
+            pairs = [(row.sentences, row.score) for row in (*self.rows, *self.held_out.rows)]
+            found["pairs"] = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
+        return found
 
 
 @dataclass(frozen=True, eq=False)

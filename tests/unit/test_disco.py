@@ -282,6 +282,10 @@ def test_prompt_and_length_are_read_from_the_directory(tmp_path):
     (found,) = encoder.sequences(["ABCDE"])
     ids = encoder.tokenizer("q abc")["input_ids"]
     assert found.prompt.tolist() + found.response[:-1].tolist() == ids
+    (tmp_path / "saved").mkdir()
+    encoder.save(tmp_path / "saved")
+    (again,) = load_encoder(str(tmp_path / "saved"), dtype=torch.float32, device=CPU).sequences(["ABCDE"])
+    assert np.array_equal(again.response, found.response)
 
 
 @pytest.mark.parametrize(

@@ -226,6 +226,14 @@ def test_pairs_follow_the_distillation(cli, workdir, killed_in):
     assert same(weights("full/distilled"), weights("parts/distilled"))
 
 
+def test_resume_refuses_other_scores(cli, workdir):
+    argv = [*distill(disco__pairs_epochs=1), "--steps", "2", "--output", "run"]
+    assert cli(*argv)[0] == 0
+    write(workdir / "data/train.jsonl", [row | {"score": 5 - row["score"]} for row in rows(40, 0)])
+    outcome = cli("distill", "--resume", "--output", "run", "--json", "--quiet")
+    assert_error(outcome, "checkpoint.changed", "pairs have changed")
+
+
 def test_similar_pairs_without_scores(cli, workdir):
     for split, seed in (("train", 1), ("valid", 2)):
         triples = [
