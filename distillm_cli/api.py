@@ -73,6 +73,12 @@ class _CommonFields(TypedDict, total=False):
     device: str
     objective: Fields
     rollout: Fields
+    okd: Fields
+    ctcd: Fields
+    mixkd: Fields
+    kdiga: Fields
+    disco: Fields
+    robustkd: Fields
     train: Fields
     eval: Fields
 

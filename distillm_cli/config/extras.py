@@ -65,9 +65,9 @@ class RobustKDConfig(Section):
         0.1, description="λ, the weight of the features' relative variance in the loss of the masks."
     )
     connector_weight: Annotated[Weight, _ROBUSTKD] = Field(
-        0.1,
-        description="Weight of the mean squared error between the teacher's masked features and the connected features of "
-        "the student. 0: no connectors.",
+        1.0,
+        description="Weight of the relative squared error between the teacher's masked features and the connected features "
+        "of the student. 0: no connectors.",
     )
 
 

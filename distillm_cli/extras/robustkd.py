@@ -10,7 +10,8 @@ release has no script for this step; the loss is a reconstruction. For a mask pe
 positions is (1 − m_c)², which is computed directly.
 
 The student then learns from this teacher with any divergence, and linear connectors from its last blocks to the teacher's
-masked features have a mean squared error as their loss (the paper's margins and batch norms are for images).
+masked features have the relative error ‖C(s) − f'‖² / ‖f'‖² per token as their loss (the paper's margins and batch norms
+are for images).
 
 Shape letters: K masked blocks, D their width, N supervised positions, S the width of the student's blocks.
 """
@@ -38,6 +39,7 @@ from distillm_cli.utils.modules import eval_mode
 from distillm_cli.utils.text import counted
 
 START = 0.2  # of every m
+_SMALLEST_NORM = 1e-6  # squared, of a feature vector
 _SEED = 0x726B64  # added to the run's seed for the connectors
 
 
@@ -195,7 +197,7 @@ class RobustKD(TeacherPass):
         return hidden_ND
 
     def loss(self, done: StudentPass) -> Tensor | None:
-        """Return the connectors' mean squared error over blocks, positions and channels, with its weight and scale."""
+        """Return the connectors' relative squared error, mean over blocks and positions, with its weight and scale."""
         passes = self.student_outputs.take()
         self.student_outputs.remove()
         if not self.weight:
@@ -204,7 +206,8 @@ class RobustKD(TeacherPass):
         for connector, of_block, target_ND in zip(self.connectors, passes, self._teacher_features, strict=True):
             states_NS = _at(of_block, self._student_positions)
             error_ND = connector(states_NS.to(connector.weight.dtype)).float() - target_ND.float()
-            total = total + error_ND.square().mean(1).sum()
+            norm_N = target_ND.float().square().sum(1).clamp_min(_SMALLEST_NORM)
+            total = total + (error_ND.square().sum(1) / norm_N).sum()
         self._teacher_features = []
         return total * (self.weight * done.scale / len(self.connectors))
 

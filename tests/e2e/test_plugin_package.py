@@ -127,7 +127,7 @@ def run(package: Path, workdir: Path, *argv: str) -> tuple[int, str, str]:
 def test_help_and_lists_have_plugin_names(cli):
     words = " ".join(cli("distill", "--help")[1].replace("│", " ").split())
     assert "atkd, squared." in words
-    assert "atkd, squares." in words
+    assert "disco, squares." in words
     assert "gsm8k, pronounce, letters, builtin." in words
     words = " ".join(cli("eval", "--help")[1].replace("│", " ").split())
     assert "final_number, characters." in words

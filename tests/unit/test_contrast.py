@@ -106,7 +106,8 @@ def trainer_with(config, **settings):
     engine = runs.build(**settings)
     engine.teacher.model.double()
     engine.student_loss.criterion = objectives.build(config)
-    engine.optimizer = torch.optim.SGD(engine.student_loss.parameters(), lr=1.0)
+    parameters = list(engine.student_loss.parameters())
+    engine.optimizer = torch.optim.SGD([{"params": parameters, "lr_ratio": 1.0}], lr=1.0)
     return engine
 
 
