@@ -9,7 +9,7 @@ validation rows, or are the defaults. Results are cached per run: the same comma
 okd     kd, OKD and GKD (as many steps as take OKD's seconds); letters → phonemes and banking77, 2,000 rows
 ctcd    large alone, small alone, small from the large one (one-way), both together (CTCD); letters → phonemes, 4,000 rows
 mixkd   kd, + TMKD, + SM + TMKD, with 2, 10 and 100 % of banking77's rows
-peakd   2 layers of the teacher unshared, shared, shared and swapped, + pre-training, and 4 unshared; 2,000 words
+peakd   2 layers of the teacher unshared, shared, shared and swapped, + pre-training, and 4 unshared; 2,000 words, 400 steps
 kdiga   kd and KDIGA from an adversarially trained teacher and from a plain one; accuracy under PGD; 4,000 words
 robustkd  CE, kd and RobustKD from a teacher with a backdoor, on rows of which 5 % have the trigger; banking77
 disco   MiniLM-L6 → 3 and 2 layers: untouched, MSE, CKD, CKD + pairs; Spearman on STS-B; --minilm DIR
@@ -123,7 +123,7 @@ def peakd(task: Task) -> Callable[[int], dict[str, dict[str, float]]]:
     def measure(seed: int) -> dict[str, dict[str, float]]:
         arms = {}
         for arm, (student, more) in students.items():
-            place, result = task.train((*KD, *more), seed, "1e-3", task.steps, start=student)
+            place, result = task.train((*KD, *more), seed, "1e-3", 400, start=student)
             arms[arm] = figures(task, place, result)
         return arms
 

@@ -173,10 +173,10 @@ def _serve() -> None:
 
     save = PreTrainedModel.save_pretrained
 
-    def save_on_cpu(model, directory, **more):
+    def save_on_cpu(model, directory, state_dict=None, **more):
         """Save CPU copies: transformers detects tied weights by their memory address, which this device lacks."""
         copies = {}
-        weights = model.state_dict(keep_vars=True)
+        weights = state_dict or model.state_dict(keep_vars=True)
         state = {name: copies.setdefault(id(weight), weight.detach().cpu()) for name, weight in weights.items()}
         save(model, directory, state_dict=state, **more)
 
