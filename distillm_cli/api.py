@@ -162,6 +162,11 @@ class EvalFields(_SamplingFields, total=False):
     suite: str | Sequence[str] | RowSource
     metric: str | Sequence[str]
     seeds: int | Sequence[int]
+    attack: str
+    attack_radius: float
+    attack_steps: int
+    trigger: str
+    target: str
 
 
 @dataclass
