@@ -136,6 +136,14 @@ class SequencePool:
         self.replay.share_teacher_hidden(self._served[1])
         return self._served[1]
 
+    def repeats(self) -> float | None:
+        """Return the share of the step's fresh student outputs that equal their row's response; None without any."""
+        if self._served is None:
+            return None
+        step, outputs = self._served
+        pairs = zip(outputs, self.rows(step), strict=True)
+        return sum(np.array_equal(output.response, row.response) for output, row in pairs) / len(outputs)
+
     def _count(self, sampled: SequenceOf[Sequence], *, is_teachers: bool) -> None:
         tokens = sum(s.supervised for s in sampled)
         if is_teachers:

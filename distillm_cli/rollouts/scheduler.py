@@ -39,6 +39,9 @@ from distillm_cli.config.schedule import (
 )
 
 _MAX_PHI = 0.95  # some steps on rows remain, by which φ is measured
+_ENOUGH_NEW = (
+    0.25  # share of new outputs below which auto lowers φ: 0.37 to 0.49 where they pay, 0.02 where they do not (LOG.md)
+)
 
 
 class Source(StrEnum):
@@ -116,8 +119,11 @@ class Scheduler(ABC):
                     break
         return steps
 
-    def record(self, source: Source, loss: float) -> None:  # noqa: B027  most schedules ignore it
-        """Process the loss of a step, per token, and its source."""
+    def record(self, source: Source, loss: float, repeats: float | None = None) -> None:  # noqa: B027  most ignore it
+        """Process the loss of a step, per token, and its source.
+
+        repeats: share of its fresh student outputs that equal their row's response; None without any.
+        """
 
     def observe(self, valid_loss: float, figures: Mapping[str, float | None]) -> None:  # noqa: B027
         """Process a validation: the cross-entropy, nats per token, and further figures by name. φ may change.
@@ -322,6 +328,9 @@ class AutoScheduler(PhiScheduler):
     its update. While rows are new to the student, r is 1. It falls as the student fits them, and with it what another step
     on them teaches. r̄ is its mean over the rest of the run if all steps used rows: r falls as e^(−k·steps), with k from the
     steps on rows so far. Student outputs are new sequences for the same prompts, so they are worth their cost if r̄ < 1/c.
+
+    An output that equals its row's response is not new. If fewer than ``_ENOUGH_NEW`` of them are new since the last
+    validation with any, φ falls in proportion: few possible answers, such as the names of classes, are soon all repeated.
     """
 
     config: AutoConfig
@@ -332,22 +341,33 @@ class AutoScheduler(PhiScheduler):
         self.row_steps = 0
         self.recent_losses = 0.0  # sum and number since the last validation, of the steps on rows
         self.recent_steps = 0
+        self.recent_repeats = 0.0  # the same of the shares of repeats, of the steps on fresh outputs
+        self.recent_outputs = 0
+        self.new_share = 1.0
 
-    def record(self, source: Source, loss: float) -> None:
+    def record(self, source: Source, loss: float, repeats: float | None = None) -> None:
         self.steps_done += 1
         if source is Source.DATASET:
             self.row_steps += 1
             self.recent_steps += 1
             self.recent_losses += loss
+        if repeats is not None:
+            self.recent_outputs += 1
+            self.recent_repeats += repeats
 
     def observe(self, valid_loss: float, figures: Mapping[str, float | None]) -> None:
         held_out = figures.get(HELD_OUT_LOSS)
         if not held_out or not self.recent_steps:
             return
+        if self.recent_outputs:
+            self.new_share = 1 - self.recent_repeats / self.recent_outputs
         ratio = self.recent_losses / self.recent_steps / held_out
-        self._phi = min(max(1.0 - self.config.rollout_cost * self._mean_ratio(ratio), 0.0), _MAX_PHI)
+        phi = min(max(1.0 - self.config.rollout_cost * self._mean_ratio(ratio), 0.0), _MAX_PHI)
+        self._phi = phi * min(self.new_share / _ENOUGH_NEW, 1.0)
         self.recent_losses = 0.0
         self.recent_steps = 0
+        self.recent_repeats = 0.0
+        self.recent_outputs = 0
 
     def _mean_ratio(self, ratio: float) -> float:
         """Return the mean of r over the remaining steps, ∫ r·e^(−k·t) dt / T for t from 0 to T."""
@@ -362,6 +382,9 @@ class AutoScheduler(PhiScheduler):
             "row_steps": self.row_steps,
             "recent_losses": self.recent_losses,
             "recent_steps": self.recent_steps,
+            "recent_repeats": self.recent_repeats,
+            "recent_outputs": self.recent_outputs,
+            "new_share": self.new_share,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -370,6 +393,9 @@ class AutoScheduler(PhiScheduler):
         self.row_steps = state["row_steps"]
         self.recent_losses = state["recent_losses"]
         self.recent_steps = state["recent_steps"]
+        self.recent_repeats = state["recent_repeats"]
+        self.recent_outputs = state["recent_outputs"]
+        self.new_share = state["new_share"]
 
 
 @register(AdaptiveConfig, "gain")
@@ -395,7 +421,7 @@ class GainScheduler(PhiScheduler):
         level = 1 / self.config.levels
         return min(max(self._phi + (level if self.has_more else -level), 0.0), 1.0)
 
-    def record(self, source: Source, loss: float) -> None:
+    def record(self, source: Source, loss: float, repeats: float | None = None) -> None:
         self.cost += 1.0 if source is Source.DATASET else self.config.rollout_cost
 
     def observe(self, valid_loss: float, figures: Mapping[str, float | None]) -> None:

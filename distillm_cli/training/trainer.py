@@ -140,7 +140,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.student_loss.end_step()
         self.objective.observe(loss, progress)
-        self.scheduler.record(source, loss)
+        self.scheduler.record(source, loss, self.pool.repeats())
 
         tokens = sum(s.supervised for s in sequences)
         seconds = time.perf_counter() - started

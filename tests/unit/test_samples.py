@@ -10,12 +10,12 @@ from distillm_cli.config import schema
 from distillm_cli.errors import Interrupted
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.rollouts.interleaved import InterleavedSampler
-from distillm_cli.rollouts.pool import ResponseTable
+from distillm_cli.rollouts.pool import ResponseTable, SequencePool
 from distillm_cli.rollouts.sampler import ModelSampler
-from distillm_cli.rollouts.scheduler import Source
+from distillm_cli.rollouts.scheduler import Source, build_scheduler
 from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.events import Progress, Stepped
-from distillm_cli.types import Rollout
+from distillm_cli.types import Rollout, Sequence
 from tests import tiny
 from tests.codes import raises_code
 from tests.resource_limits import LimitedBatch
@@ -230,3 +230,23 @@ def test_checkpoint_stores_samples_as_tensors(tmp_path):
     assert {"responses.teacher", "responses.rollout"} <= names
     assert set(found.state["objective"]) == {"epoch", "alphas", "before", "sums"}
     json.dumps(found.state)
+
+
+class HalfRepeatingSampler:
+    """Return the row's own response for even rows, and another one for odd rows."""
+
+    def sample(self, prompts, step):
+        changed = [s.response if s.row % 2 == 0 else s.response + 1 for s in prompts]
+        return [Rollout(s.prompt, response, s.row) for s, response in zip(prompts, changed, strict=True)]
+
+
+def test_pool_tells_which_share_of_outputs_repeats_the_rows():
+    rows = [[Sequence(s.prompt, s.response, 4 * step + i) for i, s in enumerate(batches(0)[:3])] for step in range(3)]
+    scheduler = build_scheduler(schema.ScheduleConfig(kind="mixed", mix=0.5), steps=3, seed=1)
+    pool = SequencePool(lambda step: rows[step], scheduler, student=HalfRepeatingSampler(), bulk=1)
+    shares = []
+    for step, source in enumerate((Source.ROLLOUT, Source.DATASET, Source.ROLLOUT)):
+        pool.begin_step()
+        pool.draw(source, step)
+        shares.append(pool.repeats())
+    assert shares == [pytest.approx(2 / 3), None, pytest.approx(2 / 3)]

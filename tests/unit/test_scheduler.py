@@ -169,6 +169,21 @@ def test_auto_waits_if_few_steps_remain():
     assert long.phi > 0.7
 
 
+def test_auto_lowers_phi_if_student_outputs_repeat_the_rows():
+    plain, repeating = (make(kind="auto", rollout_cost=2.0, steps=1000) for _ in range(2))
+    for scheduler, shares in ((plain, (0.7, 0.5)), (repeating, (0.9, 1.0))):
+        for repeats in shares:
+            scheduler.record(Source.DATASET, 0.1)
+            scheduler.record(Source.ROLLOUT, 9.0, repeats)
+        scheduler.observe(1.0, {HELD_OUT_LOSS: 1.0})
+    assert plain.phi > 0.9, "0.4 of the outputs are new, which is enough"
+    assert repeating.phi == pytest.approx(plain.phi * 0.05 / 0.25)
+    before = repeating.phi
+    repeating.record(Source.DATASET, 0.1)
+    repeating.observe(1.0, {HELD_OUT_LOSS: 1.0})
+    assert repeating.phi == pytest.approx(before, rel=0.1), "without outputs the share is that of before"
+
+
 def gain_run(scheduler, fall_per_cost):
     """Return φ of each period of 100 steps; the held-out loss falls by ``fall_per_cost(φ)`` per unit of cost."""
     loss, phis = 10.0, []
@@ -201,6 +216,7 @@ def test_state_of_a_schedule_with_phi_round_trips(settings):
         first.record(Source.DATASET, 0.4)
         first.observe(1.0, {HELD_OUT_LOSS: loss, OUTPUT_LOSS: 1.2})
         first.record(Source.DATASET, 0.5)
+        first.record(Source.ROLLOUT, 0.5, 0.9)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for scheduler in (first, second):
         scheduler.record(Source.DATASET, 0.3)
