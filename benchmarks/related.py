@@ -10,7 +10,7 @@ okd     kd, OKD and GKD (as many steps as take OKD's seconds); letters → phone
 ctcd    large alone, small alone, small from the large one (one-way), both together (CTCD); letters → phonemes, 4,000 rows
 mixkd   kd, + TMKD, + SM + TMKD, with 2, 10 and 100 % of banking77's rows
 peakd   2 layers of the teacher unshared, shared, shared and swapped, + pre-training, and 4 unshared; 2,000 words, 400 steps
-kdiga   kd and KDIGA from an adversarially trained teacher and from a plain one; accuracy under PGD; 4,000 words
+kdiga   kd and KDIGA from an adversarially trained teacher and from a plain one; accuracy under PGD; 4,000 words, 500 steps
 robustkd  CE, kd and RobustKD from a teacher with a backdoor, on rows of which 5 % have the trigger; banking77
 disco   MiniLM-L6 → 3 and 2 layers: untouched, MSE, CKD, CKD + pairs; Spearman on STS-B; --minilm DIR
 """
@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minilm", type=Path, help="directory of all-MiniLM-L6-v2, for disco")
-    parser.add_argument("--gradient-weight", type=float, default=1.0, help="of KDIGA's term, chosen on validation rows")
+    parser.add_argument("--gradient-weight", type=float, default=0.2, help="of KDIGA's term, chosen on validation rows")
     args = parser.parse_args()
     for name in args.trials:
         for trial in trials(name, args):
@@ -368,11 +368,8 @@ def trials(name: str, args: argparse.Namespace) -> list[Trial]:
             Claim("KDIGA, robust teacher", "kd, robust teacher", "tokens right", -2, lower=False),
             Claim("kd, plain teacher", "KDIGA, plain teacher", attacked, -1, lower=False),
         )
-        return [
-            Trial(
-                "KDIGA, letters → phonemes", kdiga(few_words(data, work, 4000, threads), args.gradient_weight), claims
-            )
-        ]
+        few = replace(few_words(data, work, 4000, threads), steps=500)
+        return [Trial("KDIGA, letters → phonemes", kdiga(few, args.gradient_weight), claims)]
     if name == "disco":
         claims = tuple(Claim(a, b, "Spearman", lower=False) for a, b in (("CKD", "MSE"), ("MSE", "untouched")))
         return [
