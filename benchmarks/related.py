@@ -12,7 +12,7 @@ mixkd   kd, + TMKD, + SM + TMKD, with 2, 10 and 100 % of banking77's rows
 peakd   2 layers of the teacher unshared, shared, shared and swapped, + pre-training, and 4 unshared; 2,000 words, 400 steps
 kdiga   kd and KDIGA from an adversarially trained teacher and from a plain one; accuracy under PGD; 4,000 words, 500 steps
 robustkd  CE, kd and RobustKD from a teacher with a backdoor, on rows of which 5 % have the trigger; banking77
-disco   MiniLM-L6 → 3 and 2 layers: untouched, MSE, CKD, CKD + pairs; Spearman on STS-B; --minilm DIR
+disco   MiniLM-L6 → 3 and 2 layers, 2 epochs: untouched, MSE, CKD, CKD + pairs; Spearman on STS-B; --minilm DIR
 """
 
 from __future__ import annotations
@@ -286,7 +286,8 @@ def disco(work: Path, data: Path, teacher: Path, layers: int, threads: int) -> C
             place = work / "disco" / f"{layers}-{arm.replace(' ', '')}-{seed}"
             place.parent.mkdir(parents=True, exist_ok=True)
             argv = ["distill", "--method", "disco", "--teacher", str(teacher), "--student", f"layers:{layers}"]
-            argv += ["--data", str(data / "stsb"), "--seed", str(seed), "--output", str(place), "--overwrite", *more]
+            argv += ["--data", str(data / "stsb"), "--epochs", "2", "--seed", str(seed), "--overwrite"]
+            argv += ["--output", str(place), *more]
             result = run(place, [*argv, *sets(f"train.threads={threads}")], threads)
             scored = place.with_name(f"{place.name}.test")
             argv = ["eval", str(place), "--suite", str(data / "stsb" / "test.jsonl"), "--output", str(scored)]
