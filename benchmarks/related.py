@@ -272,12 +272,12 @@ def robustkd(work: Path, data: Path, threads: int) -> Callable[[int], dict[str, 
 
 def disco(work: Path, data: Path, teacher: Path, layers: int, threads: int) -> Callable[[int], dict]:
     """Return the arms of DisCo on STS-B with a student of some of the teacher's layers."""
-    pairs = sets("disco.pairs_epochs=2", "disco.pairs_lr=2e-5")
+    epochs = ["--epochs", "2"]
     arms = {
         "untouched": ["--steps", "1", "--lr", "1e-12"],
-        "MSE": sets("disco.loss=mse"),
-        "CKD": [],
-        "CKD + pairs": pairs,
+        "MSE": [*epochs, *sets("disco.loss=mse")],
+        "CKD": epochs,
+        "CKD + pairs": [*epochs, *sets("disco.pairs_epochs=2", "disco.pairs_lr=2e-5")],
     }
 
     def measure(seed: int) -> dict[str, dict[str, float]]:
@@ -286,7 +286,7 @@ def disco(work: Path, data: Path, teacher: Path, layers: int, threads: int) -> C
             place = work / "disco" / f"{layers}-{arm.replace(' ', '')}-{seed}"
             place.parent.mkdir(parents=True, exist_ok=True)
             argv = ["distill", "--method", "disco", "--teacher", str(teacher), "--student", f"layers:{layers}"]
-            argv += ["--data", str(data / "stsb"), "--epochs", "2", "--seed", str(seed), "--overwrite"]
+            argv += ["--data", str(data / "stsb"), "--seed", str(seed), "--overwrite"]
             argv += ["--output", str(place), *more]
             result = run(place, [*argv, *sets(f"train.threads={threads}")], threads)
             scored = place.with_name(f"{place.name}.test")
