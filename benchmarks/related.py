@@ -293,8 +293,8 @@ def disco(work: Path, data: Path, teacher: Path, layers: int, threads: int) -> C
             argv = ["eval", str(place), "--suite", str(data / "stsb" / "test.jsonl"), "--output", str(scored)]
             (suite,) = run(scored, argv, threads)["suites"].values()
             found[arm] = {
-                "Spearman": 100 * suite["spearman"]["mean"],
-                "Pearson": 100 * suite["pearson"]["mean"],
+                "Spearman": suite["spearman"]["mean"],
+                "Pearson": suite["pearson"]["mean"],
                 "seconds": result["train_s"],
             }
         return found
