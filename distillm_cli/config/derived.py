@@ -33,14 +33,9 @@ def sft_stage_recipe(resolved: Resolved) -> Resolved | None:
     It has the same student, rows and seed. It uses the preset of method sft, ``sft_epochs`` epochs at ``sft_lr``, a
     validation and a checkpoint after each, and selects the best by validation loss.
     """
-    recipe = resolved.recipe
-    student = recipe.student
+    student = resolved.recipe.student
     if not student.sft_epochs:
         return None
-    if student.sft_lr is None:
-        lr: tuple[Any, str] = (recipe.train.lr, resolved.origin["train.lr"])
-    else:
-        lr = (student.sft_lr, "student.sft_lr")
     changed: dict[str, tuple[Any, str]] = {key: (value, "method sft") for key, value in METHODS["sft"].preset.items()}
     changed |= {
         "method": ("sft", _ORIGIN),
@@ -49,7 +44,7 @@ def sft_stage_recipe(resolved: Resolved) -> Resolved | None:
         "train.eval_steps": ("epoch", _ORIGIN),
         "train.save_steps": ("epoch", _ORIGIN),
         "train.patience": (None, _ORIGIN),
-        "train.lr": lr,
+        "train.lr": _stage_lr(resolved, "student.sft_lr"),
         "student.save_dtype": ("fp32", _ORIGIN),  # distillation starts from exactly these weights
         "student.sft_epochs": (type(student).model_fields["sft_epochs"].default, _ORIGIN),
         "student.sft_lr": (None, _ORIGIN),
@@ -66,14 +61,9 @@ def ptp_stage_recipe(resolved: Resolved) -> Resolved | None:
     It has the run's models, rows and seed, and ``student.ptp`` epochs at ``student.ptp_lr`` with a validation and a
     checkpoint after each. Every other setting of the distillation has its default.
     """
-    recipe = resolved.recipe
-    student = recipe.student
+    student = resolved.recipe.student
     if not student.ptp:
         return None
-    if student.ptp_lr is None:
-        lr: tuple[Any, str] = (recipe.train.lr, resolved.origin["train.lr"])
-    else:
-        lr = (student.ptp_lr, "student.ptp_lr")
     changed: dict[str, tuple[Any, str]] = {key: (value, _PTP) for key, value in METHODS["kd"].preset.items()}
     changed |= {
         "method": ("kd", _PTP),
@@ -83,13 +73,19 @@ def ptp_stage_recipe(resolved: Resolved) -> Resolved | None:
         "train.save_steps": ("epoch", _PTP),
         "train.select": ("last", _PTP),
         "train.patience": (None, _PTP),
-        "train.lr": lr,
+        "train.lr": _stage_lr(resolved, "student.ptp_lr"),
         "student.sft_epochs": (0.0, _PTP),
         "data.mixup": (0.0, _PTP),
         "student.sft_lr": (None, _PTP),
         "student.ptp_lr": (None, _PTP),
     }
     return _derived(resolved, changed, ("objective.", "schedule.", *_EXTRAS))
+
+
+def _stage_lr(resolved: Resolved, key: str) -> tuple[Any, str]:
+    """Return a stage's learning rate and its origin: the value of ``key``, else that of the run."""
+    lr = value_of(resolved.recipe, key)
+    return (resolved.recipe.train.lr, resolved.origin["train.lr"]) if lr is None else (lr, key)
 
 
 def mask_stage_recipe(resolved: Resolved) -> Resolved | None:
