@@ -125,7 +125,7 @@ class KDIGAConfig(Section):
         "teacher's own layers (layers:N), else swap.",
     )
     candidates: Annotated[Positive, UsedWhen({**_INPUT_GRADIENT, "kdiga.space": ("auto", "swap")})] = Field(
-        64, description="Number of tokens of the vocabulary that swap compares, drawn anew in each step."
+        64, description="Number of tokens of the vocabulary that swap compares, a new draw in each step."
     )
     every: Annotated[Positive, UsedWhen(_INPUT_GRADIENT)] = Field(
         1, description="Compute the term in every k-th step only."

@@ -143,7 +143,7 @@ def test_term_is_computed_in_every_kth_step_and_on_labels_only():
     kdiga = extra(teacher, every=3)
     found = [term(kdiga, student, step=step) for step in range(4)]
     assert [value is not None for value in found] == [True, False, False, True]
-    assert found[0].item() != found[3].item(), "candidates are drawn anew"
+    assert found[0].item() != found[3].item(), "each step draws other candidates"
     assert kdiga.figures() == {"input_gradient": pytest.approx(found[3].item())}
     assert term(kdiga, student, source=Source.ROLLOUT) is None
     assert kdiga.figures() == {}
