@@ -25,16 +25,14 @@ from distillm_cli.config.extras import CTCDConfig
 from distillm_cli.losses.divergences import KL
 from distillm_cli.losses.extra import StudentPass, TrainedTeacher, with_cross_entropy
 from distillm_cli.losses.families import Tempered
-from distillm_cli.losses.fused import fused_loss
 from distillm_cli.losses.objectives import STUDENT_OUTPUTS
 from distillm_cli.losses.student_loss import concatenate
-from distillm_cli.losses.weights import CROSS_ENTROPY, LossWeights
+from distillm_cli.losses.weights import LossWeights
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.composite import copy_processor, is_composite
 from distillm_cli.models.tokenizer_files import quiet
 from distillm_cli.rollouts.scheduler import Source
-from distillm_cli.training.state import RunInfo
-from distillm_cli.types import Batch, Sequence, collate
+from distillm_cli.types import Batch
 
 _DIRECTORY = "teacher"  # of the teacher, in checkpoints and in the output directory
 
@@ -84,24 +82,6 @@ class CTCD(TrainedTeacher):
         divergence = Tempered(KL(), config.temperature)
         weights = LossWeights(kd=config.soft_teacher, ce=ce, divergence=divergence)
         return self.own_loss(done, weights, matmul_dtype=self.matmul_dtype)
-
-    def measure(self, batches: SequenceOf[SequenceOf[Sequence]], run: RunInfo) -> dict[str, float]:
-        """Return the teacher's cross-entropy, nats per token."""
-        loss = tokens = 0.0
-        for sequences in batches:
-            batch = collate(sequences).to(run.device)
-            with run.autocast():
-                hidden_ND = self.hidden([batch])
-                part = fused_loss(
-                    hidden_ND,
-                    self.teacher.head(),
-                    batch.targets_N,
-                    weights=CROSS_ENTROPY,
-                    matmul_dtype=self.matmul_dtype,
-                )
-            loss += part.item()
-            tokens += batch.tokens
-        return {"teacher_loss": loss / tokens} if tokens else {}
 
     def start_weights(self) -> Mapping[str, Tensor]:
         return self.rebuild().state()

@@ -27,7 +27,7 @@ from distillm_cli.losses.extra import StudentPass, TrainedTeacher, with_cross_en
 from distillm_cli.losses.fused import fused_loss
 from distillm_cli.losses.objectives import STUDENT_OUTPUTS
 from distillm_cli.losses.student_loss import concatenate
-from distillm_cli.losses.weights import CROSS_ENTROPY, LossWeights
+from distillm_cli.losses.weights import LossWeights
 from distillm_cli.models import lora
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.lora import Adapter
@@ -80,15 +80,14 @@ class OKD(TrainedTeacher):
         return self.own_loss(done, weights)
 
     def measure(self, batches: SequenceOf[SequenceOf[Sequence]], run: RunInfo) -> dict[str, float]:
-        """Return the teacher's cross-entropy and its drift KL(p₀ ‖ p) from the model without adapter, nats per token."""
-        loss = drift = tokens = 0.0
+        """Return the teacher's drift KL(p₀ ‖ p) from the model without adapter, nats per token."""
+        drift = tokens = 0.0
         for sequences in batches:
             batch = collate(sequences).to(run.device)
             hidden_ND = self.hidden([batch])
             with self.adapter.disabled():
                 start_ND = self.hidden([batch])
             head = self.teacher.head()
-            loss += fused_loss(hidden_ND, head, batch.targets_N, weights=CROSS_ENTROPY).item()
             drift += fused_loss(
                 hidden_ND,
                 head,
@@ -98,7 +97,7 @@ class OKD(TrainedTeacher):
                 teacher_head=head,
             ).item()
             tokens += batch.tokens
-        return {"teacher_loss": loss / tokens, "teacher_drift": drift / tokens} if tokens else {}
+        return {"teacher_drift": drift / tokens} if tokens else {}
 
     def start_weights(self) -> Mapping[str, Tensor]:
         """Return the adapter that changes nothing: its second factor B is 0."""

@@ -207,9 +207,13 @@ def _read_generation_config(locations: list[ModelLocation], model: PreTrainedMod
         return
 
 
-def _load_weights(
-    path: str, config: PretrainedConfig, dtype: torch.dtype, revision: str | None, **more: Any
-) -> PreTrainedModel:
+def load_pretrained(
+    auto: type, path: str, config: PretrainedConfig, dtype: torch.dtype, revision: str | None, **more: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a model with its weights by a class of transformers, and return it with transformers' report of the weights.
+
+    Weights of another shape than in the config are in the report; the caller refuses them by name. Raises ModelError.
+    """
     name, local = locate_model(path)
     if local and not any(next(Path(name).glob(pattern), None) for pattern in WEIGHT_FILES):
         raise ModelError(
@@ -223,27 +227,33 @@ def _load_weights(
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     with quiet():
         try:
-            model, report = auto_class(config).from_pretrained(
+            return auto.from_pretrained(  # type: ignore[attr-defined]
                 name,
                 config=config,
                 dtype=dtype,
                 revision=revision,
                 local_files_only=local,
                 trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # reported below, by name
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 **more,
             )
-        except Exception as error:
+        except Exception as error:  # the type depends on the damage
             raise load_error("weights", path, local, error) from error
+
+
+def _load_weights(
+    path: str, config: PretrainedConfig, dtype: torch.dtype, revision: str | None, **more: Any
+) -> PreTrainedModel:
+    model, report = load_pretrained(auto_class(config), path, config, dtype, revision, **more)
     for kind, what in (("mismatched_keys", "with another shape than in its config"), ("missing_keys", "absent")):
         if keys := sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[kind]):
-            more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
+            others = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
             hint = f"the files are not a checkpoint of a {type(model).__name__}"
             if kind == "missing_keys" and keys == _head_names(model):
                 hint = "if its head is its embedding matrix, set tie_word_embeddings to true in its config.json"
             raise ModelError(
-                "model.weights_mismatch", f"{path}: weights {what}: {', '.join(keys[:2])}{more}", hint=hint
+                "model.weights_mismatch", f"{path}: weights {what}: {', '.join(keys[:2])}{others}", hint=hint
             )
     if not config.is_encoder_decoder and not heads_are_tied(model):
         # transformers loads a head that differs from the embeddings without changing the config. A model built or saved

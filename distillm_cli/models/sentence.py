@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -32,14 +31,13 @@ from torch import Tensor, nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.errors import ModelError, out_of_memory
-from distillm_cli.models.loading import is_encoder, read_config
+from distillm_cli.models.loading import is_encoder, load_pretrained, read_config
 from distillm_cli.models.model_families import context_of
-from distillm_cli.models.model_paths import ADAPTER_CONFIG, locate_model, model_file
+from distillm_cli.models.model_paths import ADAPTER_CONFIG, model_file
 from distillm_cli.models.students import set_dropout
-from distillm_cli.models.tokenizer_files import WEIGHT_FILES, load_error, quiet, read_tokenizer
+from distillm_cli.models.tokenizer_files import load_error, quiet, read_tokenizer
 from distillm_cli.training.events import Listener, Progress, silent
 from distillm_cli.types import Batch, Sequence, collate
-from distillm_cli.utils import manifest
 from distillm_cli.utils.memory import retry_halved
 from distillm_cli.utils.modules import eval_mode
 
@@ -370,31 +368,8 @@ def check_vocabulary(encoder: SentenceEncoder, where: str) -> None:
 
 
 def _load_weights(path: str, config: PretrainedConfig, dtype: torch.dtype, revision: str | None) -> PreTrainedModel:
-    name, local = locate_model(path)
-    if local and not any(next(Path(name).glob(pattern), None) for pattern in WEIGHT_FILES):
-        raise ModelError(
-            "model.no_weights",
-            f"{path} has a config.json but no weights (model.safetensors)",
-            hint=f"to start from scratch, pass {Path(path) / 'config.json'}",
-        )
-    if local:
-        manifest.check_files(Path(name), weights=True)
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # see models.loading
-    with quiet():
-        try:
-            with torch.random.fork_rng(devices=[]):  # for weights that the file does not have
-                model, report = AutoModel.from_pretrained(
-                    name,
-                    config=config,
-                    dtype=dtype,
-                    revision=revision,
-                    local_files_only=local,
-                    trust_remote_code=False,
-                    ignore_mismatched_sizes=True,  # reported below, by name
-                    output_loading_info=True,
-                )
-        except Exception as error:
-            raise load_error("weights", path, local, error) from error
+    with torch.random.fork_rng(devices=[]):  # for weights that the file does not have
+        model, report = load_pretrained(AutoModel, path, config, dtype, revision)
     absent = [str(key) for key in report["missing_keys"]]
     of_pooler = [key for key in absent if key.startswith("pooler.")]
     with torch.no_grad():

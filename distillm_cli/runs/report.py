@@ -18,9 +18,6 @@ from distillm_cli import plugins
 from distillm_cli.config.schema import Recipe
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
-from distillm_cli.losses.objectives import CrossEntropy
-from distillm_cli.losses.student_loss import StudentLoss
-from distillm_cli.losses.weights import CROSS_ENTROPY
 from distillm_cli.models.devices import dtype_name, resolve_dtype
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import sampling_models
@@ -280,16 +277,5 @@ def _renamed_progress(listener: Listener, name: str) -> Listener:
 
 
 def _valid_loss(model: Backbone, trainer: Trainer) -> float | None:
-    """Return the mean cross-entropy per token on the validation rows, nats; None without validation rows.
-
-    The student computes in its training precision, as does a teacher of which all weights are trained. Another teacher
-    computes in its own dtype, as in training.
-    """
-    if not trainer.validator.batches:
-        return None
-    trained = trainer.student_loss.trained_teacher
-    is_trained = model is trainer.student_loss.student or (trained is not None and trained.in_training_precision)
-    dtype = trainer.student_loss.matmul_dtype if is_trained else None
-    student_loss = StudentLoss(model, CrossEntropy(), matmul_dtype=dtype)
-    with eval_mode(student_loss), torch.no_grad():
-        return trainer.validator.mean(CROSS_ENTROPY, student_loss, autocast=is_trained)
+    """Return the mean cross-entropy per token on the validation rows, nats; None without validation rows."""
+    return trainer.validator.cross_entropy(model, trainer.student_loss) if trainer.validator.batches else None

@@ -10,11 +10,12 @@ import torch
 
 from distillm_cli.config.fields import is_lower_better
 from distillm_cli.config.schedule import HELD_OUT_LOSS, OUTPUT_LOSS
+from distillm_cli.losses.objectives import CrossEntropy
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.losses.weights import CROSS_ENTROPY, LossWeights
 from distillm_cli.rollouts.sampler import Sampler
 from distillm_cli.rollouts.scheduler import Source
-from distillm_cli.teachers.local import LocalTeacher
+from distillm_cli.teachers.local import LanguageModel, LocalTeacher
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.training.state import RunInfo
 from distillm_cli.types import Sequence, collate, length_groups
@@ -141,11 +142,26 @@ class Validator:
             scores = self.score() if self.score else {}
             if self.select == "valid_divergence":
                 scores["valid_divergence"] = self.mean(student_loss.criterion.held_out, student_loss)
+            if (trained := student_loss.trained_teacher) is not None:
+                scores["teacher_loss"] = self.cross_entropy(trained.teacher, student_loss)
             for extra in student_loss.extras.values():
                 scores |= extra.measure(self.batches, self.run)
             if self.probe is not None and step > 0:  # the schedule compares with steps taken
                 scores |= self.probe.measure(student_loss, step)
         return valid_loss, scores
+
+    def cross_entropy(self, model: LanguageModel, student_loss: StudentLoss) -> float:
+        """Return the mean cross-entropy per token of one of a run's models, nats.
+
+        The student computes in its training precision, as does a teacher of which all weights are trained. Another teacher
+        computes in its own dtype, as in training.
+        """
+        trained = student_loss.trained_teacher
+        is_trained = model is student_loss.student or (trained is not None and trained.in_training_precision)
+        dtype = student_loss.matmul_dtype if is_trained else None
+        of_model = StudentLoss(model, CrossEntropy(), matmul_dtype=dtype)
+        with eval_mode(of_model), torch.no_grad():
+            return self.mean(CROSS_ENTROPY, of_model, autocast=is_trained)
 
     def is_better(self, value: float, best: float | None) -> bool:
         """Return whether ``value`` of the quantity that selects checkpoints is better than ``best``."""

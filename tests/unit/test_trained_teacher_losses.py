@@ -19,6 +19,7 @@ from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.seq2seq import own_logits
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.training.state import RunInfo
+from distillm_cli.training.validation import Validator
 from tests import tiny
 
 TOKENIZER = tiny.tokenizer()
@@ -208,8 +209,20 @@ def test_drift_is_the_divergence_from_the_model_without_adapter():
         found = extra.measure([tiny.sequences(LENGTHS[0], V, 0)], RunInfo(steps=1, steps_per_epoch=1))
     tokens = BATCHES[0].tokens
     assert found["teacher_drift"] == pytest.approx((before.exp() * (before - after)).sum().item() / tokens)
-    ce = -after.gather(-1, BATCHES[0].targets_N[:, None]).sum().item() / tokens
-    assert found["teacher_loss"] == pytest.approx(ce)
+
+
+@pytest.mark.parametrize("new", [okd, ctcd])
+def test_cross_entropy_is_the_trained_teachers(new):
+    teacher = backbone("llama", 5)
+    extra = new(teacher)
+    loss = StudentLoss(backbone("llama", 3), objectives.CrossEntropy(), extras={"extra": extra})
+    run = RunInfo(steps=1, steps_per_epoch=1)
+    validator = Validator([tiny.sequences(LENGTHS[0], V, 0)], run, listener=lambda event: None)
+    loss.eval()
+    with torch.no_grad():
+        after = Plain(teacher).logits64(BATCHES[0]).log_softmax(-1)
+    ce = -after.gather(-1, BATCHES[0].targets_N[:, None]).mean().item()
+    assert validator.measure(loss, 0)[1]["teacher_loss"] == pytest.approx(ce)
 
 
 @pytest.mark.parametrize("new", [okd, ctcd])
