@@ -8,7 +8,7 @@ validation rows, or are the defaults. Results are cached per run: the same comma
 
 okd     kd, OKD and GKD (as many steps as take OKD's seconds); letters → phonemes and banking77, 2,000 rows
 ctcd    large alone, small alone, small from the large one (one-way), both together (CTCD); letters → phonemes, 4,000 rows
-mixkd   kd, + TMKD, + SM + TMKD, with 2, 10 and 100 % of banking77's rows
+mixkd   kd (500 steps, and as many as take MixKD's seconds), + TMKD, + SM + TMKD; 2, 10 and 100 % of banking77's rows
 peakd   2 layers of the teacher unshared, shared, shared and swapped, + pre-training, and 4 unshared; 2,000 words, 400 steps
 kdiga   kd and KDIGA from an adversarially trained teacher and from a plain one; accuracy under PGD; 4,000 words, 500 steps
 robustkd  CE, kd and RobustKD from a teacher with a backdoor, on rows of which 5 % have the trigger; banking77
@@ -165,10 +165,14 @@ def mixkd(task: Task) -> Callable[[int], dict[str, dict[str, float]]]:
     mixed = ("distill", "--method", "mixkd")
 
     def measure(seed: int) -> dict[str, dict[str, float]]:
+        kd = train(task, KD, seed)
+        both = train(task, mixed, seed)
+        longer = round(task.steps * both["seconds"] / kd["seconds"])
         return {
-            "kd": train(task, KD, seed),
+            "kd": kd,
+            "kd, equal seconds": train(task, KD, seed, longer),
             "+ TMKD": train(task, (*mixed, *sets("mixkd.ce_weight=0")), seed),
-            "+ SM + TMKD": train(task, mixed, seed),
+            "+ SM + TMKD": both,
         }
 
     return measure
@@ -354,10 +358,9 @@ def trials(name: str, args: argparse.Namespace) -> list[Trial]:
         return [Trial("CTCD, letters → phonemes", ctcd(few_words(data, work, 4000, threads)), claims)]
     if name == "mixkd":
         claims = tuple(Claim(arm, "kd", match, lower=False) for arm in ("+ TMKD", "+ SM + TMKD"))
-        counts = (180, 900, 9003)
-        return [
-            Trial(f"MixKD, banking77, {n:,} rows", mixkd(few_questions(data, work, n, threads)), claims) for n in counts
-        ]
+        claims += (Claim("+ SM + TMKD", "kd, equal seconds", match, lower=False),)
+        tasks = {n: replace(few_questions(data, work, n, threads), steps=500) for n in (180, 900, 9003)}
+        return [Trial(f"MixKD, banking77, {n:,} rows", mixkd(task), claims) for n, task in tasks.items()]
     if name == "peakd":
         swapped = "2 × 2 shared, swapped"
         claims = (Claim(swapped, "2 layers", per), Claim(swapped, "2 × 2 shared", per))
