@@ -18,10 +18,15 @@ if TYPE_CHECKING:
     from distillm_cli.losses.divergences import DivergenceEntry
 
 DEFAULT = "skl"
+TokenShare = Annotated[str, Field(pattern=r"^(entropy|divergence):0?\.[0-9]*[1-9][0-9]*$", examples=["entropy:0.5"])]
 
 _ABOVE_ZERO = Condition("above 0", 1.0, lambda n: isinstance(n, int | float) and n > 0)
 _WEIGHTED = ({"objective.kd_weight": _ABOVE_ZERO}, {"objective.policy_gradient": (True,)})
 _DIVERGENCE = UsedWhen(*_WEIGHTED, {"train.select": ("valid_divergence",)}, of_method=False)
+
+_NOT_ONE = Condition("other than 1", 2.0, lambda n: isinstance(n, int | float) and n != 1)
+_TRAINED = UsedWhen(*_WEIGHTED, of_method=False)
+_SOFTENED = UsedWhen({"objective.temperature": _NOT_ONE}, of_method=False)
 
 # Divergences on which by_source has no effect for some sources, since their half is the divergence itself.
 _UNCHANGED_ON_ROWS = tuple(name for name, entry in plugins.divergences.items() if entry.is_own_half(0))
@@ -50,6 +55,20 @@ class ObjectiveConfig(DivergenceConfig):
     )
     kd_warmup: Annotated[Probability, UsedWhen(*_WEIGHTED, of_method=False)] = Field(
         0.0, description="Fraction of the steps over which the weight of D rises from 0 to kd_weight."
+    )
+    temperature: Annotated[float, Field(gt=0), _TRAINED] = Field(
+        1.0,
+        description="T of the divergence in training, between the distributions at logits / T. Validation has T = 1.",
+    )
+    temperature_scale: Annotated[Literal["squared", "none"], _SOFTENED] = Field(
+        "squared",
+        description="Factor of the divergence at a temperature. squared: T², so that its gradient has about the size that "
+        "it has at T = 1 (Hinton et al.). none: 1.",
+    )
+    tokens: Annotated[Literal["all"] | TokenShare, _TRAINED] = Field(
+        "all",
+        description="The tokens of each response that enter the loss in training. entropy:0.5 is the half where the "
+        "student's entropy is highest, divergence:0.5 the half with the largest divergence (TIP, arXiv 2604.14084).",
     )
     by_source: Annotated[bool, _BY_SOURCE] = Field(
         False,
@@ -99,6 +118,34 @@ class ObjectiveConfig(DivergenceConfig):
         if self.row_weight and not self.policy_gradient:
             raise ValueError(
                 "objective.row_weight needs objective.policy_gradient; try --set objective.policy_gradient=true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _policy_gradient_has_no_temperature(self) -> ObjectiveConfig:
+        if self.policy_gradient and self.temperature != 1:
+            raise ValueError(
+                "objective.temperature does not apply to objective.policy_gradient, whose rewards are those of sampling; "
+                "try --set objective.temperature=1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _selection_needs_a_loss_of_single_tokens(self) -> ObjectiveConfig:
+        if self.tokens == "all":
+            return self
+        entry = plugins.divergences[self.divergence]
+        what = f"objective.tokens {self.tokens}"
+        if self.policy_gradient:
+            raise ValueError(f"{what}: objective.policy_gradient needs all tokens; try --set objective.tokens=all")
+        if entry.depends_on_targets:
+            raise ValueError(
+                f"{what}: objective.divergence {self.divergence} weights easy and hard tokens itself; try "
+                "--set objective.tokens=all"
+            )
+        if self.tokens.startswith("divergence") and self.kd_weight == 0:
+            raise ValueError(
+                f"{what}: objective.kd_weight is 0, so there is no divergence; try --set objective.tokens=all"
             )
         return self
 

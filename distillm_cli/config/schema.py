@@ -678,6 +678,29 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_parts_of_a_loss(self) -> Recipe:
+        if self.method == "sft":
+            return self
+        if self.ctcd.enabled and self.objective.temperature != 1:
+            raise ValueError(
+                f"objective.temperature {self.objective.temperature:g}: ctcd has its own for both sides "
+                "(ctcd.temperature); try --set objective.temperature=1"
+            )
+        whole = {
+            "okd.rank": self.okd.rank is not None,
+            "ctcd.enabled": self.ctcd.enabled,
+            "robustkd.blocks": self.robustkd.blocks > 0,
+            "data.mixup": self.data.mixup > 0,
+            "objective.input_gradient": self.objective.input_gradient > 0,
+        }
+        key = next((key for key, is_on in whole.items() if is_on), None)
+        if self.objective.tokens != "all" and key is not None:
+            raise ValueError(
+                f"objective.tokens {self.objective.tokens}: {key} needs all tokens; try --set objective.tokens=all"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_embeddings(self) -> Recipe:
         if not self.disco.enabled:
             if self.train.select == "spearman":

@@ -80,6 +80,11 @@ class TokenDistributions:
         """Return the log-probability [N] of one entry per row."""
         return (self.z_NV.gather(-1, ids_N.unsqueeze(-1)) - self.log_norm_N1).squeeze(-1)
 
+    def entropy(self) -> Tensor:
+        """Return the entropy [N], nats."""
+        part_NV = drop_zeros(self.log_NV * self.prob_NV, self.prob_NV, self.has_zeros)
+        return part_NV.sum(-1).neg_()
+
 
 class Divergence(ABC):
     """Measure D(p, q) ≥ 0, which is 0 at p = q, for every row of two [N, V] tables."""

@@ -9,7 +9,7 @@ h = ∂D/∂log q are defined as in ``divergences``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field
@@ -392,25 +392,27 @@ class Decoupled(Divergence):
 
 @dataclass(frozen=True)
 class Tempered(Divergence):
-    """Compute T²·D(p_T, q_T) between the distributions at logits / T (Hinton et al. 2015, arXiv 1503.02531).
+    """Compute D(p_T, q_T) between the distributions at logits / T (Hinton et al. 2015, arXiv 1503.02531).
 
-    The factor keeps the size of the gradient in the logits about independent of T.
+    squared: multiply by T², which keeps the size of the gradient in the logits about independent of T.
     """
 
     inner: Divergence
     temperature: float
+    squared: bool = True
 
     def for_tokens(self, targets_N: Tensor, divergence_args_N: Tensor | None) -> Tempered:
-        return Tempered(self.inner.for_tokens(targets_N, divergence_args_N), self.temperature)
+        return replace(self, inner=self.inner.for_tokens(targets_N, divergence_args_N))
 
     def mirror(self) -> Tempered:
-        return Tempered(self.inner.mirror(), self.temperature)
+        return replace(self, inner=self.inner.mirror())
 
     def between(self, p: TokenDistributions, q: TokenDistributions, with_grad: bool = True) -> ValueAndGrad:
         T = self.temperature
+        factor = T**2 if self.squared else 1.0
         soft_p, soft_q = (TokenDistributions(rows.z_NV / T, has_zeros=rows.has_zeros) for rows in (p, q))
         value_N, h_NV = self.inner.between(soft_p, soft_q, with_grad)
         if h_NV is not None:
-            # The gradient in q's logits, T (h − q_T Σ h), sums to 0 over the vocabulary, so that it is also an h for q.
-            h_NV = logit_grad(h_NV, soft_q.prob_NV).mul_(T)
-        return value_N * T**2, h_NV
+            # The gradient in q's logits, (h − q_T Σ h) / T, sums to 0 over the vocabulary, so that it is also an h for q.
+            h_NV = logit_grad(h_NV, soft_q.prob_NV).mul_(factor / T)
+        return value_N * factor, h_NV

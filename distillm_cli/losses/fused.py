@@ -124,6 +124,46 @@ def target_log_probs(
     return value_N.neg_()
 
 
+@torch.no_grad()
+def token_entropies(
+    hidden_ND: Tensor, head: HeadLike, *, matmul_dtype: torch.dtype | None = None, chunk: int | None = None
+) -> Tensor:
+    """Return the entropy [N] of the next-token distribution at each position, nats, without a graph.
+
+    Arguments and computation are those of ``fused_loss``.
+    """
+    targets_N = torch.zeros(len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
+    none = LossWeights(kd=0.0, ce=0.0)
+    args = _LossArgs(
+        head, None, targets_N, NO_WEIGHTS, none, matmul_dtype, chunk, None, False, statistic=TokenDistributions.entropy
+    )
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        return _values_and_grads((hidden_ND, head.weight_VD, head.bias_V), args, (False, False, False))[0]
+
+
+@torch.no_grad()
+def token_divergences(
+    hidden_ND: Tensor,
+    head: HeadLike,
+    teacher_hidden_ND: Tensor,
+    teacher_head: HeadLike,
+    divergence: Divergence,
+    *,
+    matmul_dtype: torch.dtype | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Return the divergence [N] at each position, nats, without a graph. It must not depend on the target tokens.
+
+    Arguments and computation are those of ``fused_loss``.
+    """
+    targets_N = torch.zeros(len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
+    teacher = _TeacherArgs(teacher_head, teacher_hidden_ND, divergence)
+    weights = LossWeights(kd=1.0, ce=0.0, divergence=divergence)
+    args = _LossArgs(head, teacher, targets_N, NO_WEIGHTS, weights, matmul_dtype, chunk, None, False)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        return _values_and_grads((hidden_ND, head.weight_VD, head.bias_V), args, (False, False, False))[0]
+
+
 @dataclass(frozen=True)
 class _TeacherArgs:
     """Hold what a divergence needs of the teacher, and the divergence."""
@@ -135,7 +175,10 @@ class _TeacherArgs:
 
 @dataclass(frozen=True)
 class _LossArgs:
-    """Hold the arguments of a call, except the three tensors that autograd tracks."""
+    """Hold the arguments of a call, except the three tensors that autograd tracks.
+
+    statistic: of the student's distributions, computed instead of the loss.
+    """
 
     student_head: HeadLike
     teacher: _TeacherArgs | None
@@ -147,6 +190,7 @@ class _LossArgs:
     on_halved: Callable[[int], None] | None
     with_grad: bool
     scale: float = 1.0  # factor of the gradients, not of the token losses
+    statistic: Callable[[TokenDistributions], Tensor] | None = None
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -375,6 +419,8 @@ class _Computation:
         self, p: TokenDistributions | None, q: TokenDistributions, tokens: slice, needs_grad: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return the weighted loss per token [R] and, with ``needs_grad``, its gradient in the student's logits [R, V]."""
+        if self.args.statistic is not None:
+            return self.args.statistic(q), None
         kd = self.args.weights.kd
         ce = self.args.weights.ce
         targets_R = self.args.targets_N[tokens]

@@ -53,7 +53,7 @@ class ClippedSurrogate:
         # d(ρA)/d log q = ρA, but 0 where the clipped value is smaller, since it does not depend on q.
         return -torch.minimum(unclipped_N, clipped_N), torch.where(unclipped_N <= clipped_N, unclipped_N, 0.0)
 
-    def __getitem__(self, tokens: slice) -> ClippedSurrogate:
+    def __getitem__(self, tokens: slice | Tensor) -> ClippedSurrogate:
         return ClippedSurrogate(self.advantages_N[tokens], self.log_drawn_N[tokens], self.clip)
 
     def to(self, device: torch.device | str) -> ClippedSurrogate:

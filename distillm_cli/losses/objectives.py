@@ -24,7 +24,8 @@ from torch import Tensor
 
 from distillm_cli import plugins
 from distillm_cli.losses.divergences import KL, Divergence, SkewKL, SkewReverseKL, build_divergence
-from distillm_cli.losses.families import Interpolated
+from distillm_cli.losses.families import Interpolated, Tempered
+from distillm_cli.losses.selection import TokenSelection
 from distillm_cli.losses.weights import CROSS_ENTROPY, LossWeights, TokenWeights
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.types import Sequence
@@ -81,6 +82,8 @@ class Objective:
     rows_beside: bool = False
     # Whether a token of a response of n tokens has weight 1/n, and sums are divided by the number of sequences.
     per_sequence: bool = False
+    # The tokens that enter the loss in training; None: all of them.
+    selection: TokenSelection | None = None
     # Whether training has a loss of the student's head. Without it, extras have the whole loss.
     has_loss: bool = True
     # Name of the validation loss.
@@ -106,8 +109,10 @@ class Objective:
         raise NotImplementedError
 
     def count(self, sequences: SequenceOf[Sequence]) -> int:
-        """Return the divisor of the sum over a step's sequences: the number of response tokens, or of sequences."""
-        return len(sequences) if self.per_sequence else sum(s.supervised for s in sequences)
+        """Return the divisor of the sum over a step's sequences: the number of selected tokens, or of sequences."""
+        if self.per_sequence:
+            return len(sequences)
+        return sum(s.supervised if self.selection is None else self.selection.kept(s.supervised) for s in sequences)
 
     def begin_step(
         self, parts: SequenceOf[SourceBatch], log_probs: SequenceOf[TokenLogProbs], progress: float
@@ -151,6 +156,7 @@ class KD(Objective):
         self.config = config
         self.divergence = build_divergence(config)
         self.per_sequence = config.reduction == "sequence"
+        self.selection = TokenSelection.parse(config.tokens)
 
     def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
         """Return the loss of a token of this source.
@@ -162,14 +168,24 @@ class KD(Objective):
         if progress < self.config.kd_warmup:
             kd *= progress / self.config.kd_warmup
         ce = 0.0 if source in STUDENT_OUTPUTS else 1.0 - kd
-        return LossWeights(kd=kd, ce=ce, divergence=self.divergence)
+        return LossWeights(kd=kd, ce=ce, divergence=self.tempered(self.divergence))
+
+    def tempered(self, divergence: Divergence) -> Divergence:
+        """Return a divergence at the temperature of training."""
+        config = self.config
+        if config.temperature == 1:
+            return divergence
+        return Tempered(divergence, config.temperature, squared=config.temperature_scale == "squared")
 
     @property
     def name(self) -> str:
-        if self.config.kd_weight == 0:
+        config = self.config
+        if config.kd_weight == 0:
             return "CE"
-        mixes = self.config.kd_weight < 1 or self.config.kd_warmup > 0
-        return f"CE + {self.divergence_name}" if mixes else self.divergence_name
+        name = (
+            self.divergence_name if config.temperature == 1 else f"{self.divergence_name} (T = {config.temperature:g})"
+        )
+        return f"CE + {name}" if config.kd_weight < 1 or config.kd_warmup > 0 else name
 
     @property
     def divergence_name(self) -> str:
@@ -202,7 +218,7 @@ class TAID(KD):
         self.previous_loss: float | None = None
 
     def weights(self, source: Source, progress: float = 1.0) -> LossWeights:
-        return replace(super().weights(source, progress), divergence=Interpolated(self.t))
+        return replace(super().weights(source, progress), divergence=self.tempered(Interpolated(self.t)))
 
     @property
     def held_out(self) -> LossWeights:
@@ -293,7 +309,7 @@ class FDistill(KD):
         weight, divergence = self.halves[half]
         share = self._shares.get(half, 1.0)
         plain = super().weights(source, progress)
-        return replace(plain, kd=plain.kd * weight * share, ce=plain.ce * share, divergence=divergence)
+        return replace(plain, kd=plain.kd * weight * share, ce=plain.ce * share, divergence=self.tempered(divergence))
 
     def begin_step(
         self, parts: SequenceOf[SourceBatch], log_probs: SequenceOf[TokenLogProbs], progress: float

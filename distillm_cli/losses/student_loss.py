@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from distillm_cli.losses.extra import Extra, MicroRows, StudentPass, TeacherPass, TrainedTeacher
-from distillm_cli.losses.fused import HeadLike, fused_loss, target_log_probs
+from distillm_cli.losses.fused import HeadLike, fused_loss, target_log_probs, token_divergences, token_entropies
 from distillm_cli.losses.objectives import Objective, TokenLogProbs
+from distillm_cli.losses.selection import TokenSelection
 from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LanguageModel
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.types import Batch
+
+# Of the tokens in a loss: the student's states, the targets, the teacher's states, the weights.
+LossTokens = tuple[Tensor, Tensor, Tensor | None, TokenWeights]
 
 
 class StudentLoss(nn.Module):
@@ -150,7 +155,7 @@ class StudentLoss(nn.Module):
         token_weights = token_weights or NO_WEIGHTS
         shares_N = None
         if self.criterion.per_sequence and self.training:
-            shares_N = torch.cat([sequence_shares(batch) for batch in batches])
+            shares_N = torch.cat([sequence_shares(batch, self.criterion.selection) for batch in batches])
             weights_N = token_weights.weights_N
             token_weights = replace(token_weights, weights_N=shares_N if weights_N is None else shares_N * weights_N)
         targets_N = torch.cat([batch.targets_N for batch in batches])
@@ -162,14 +167,18 @@ class StudentLoss(nn.Module):
         hidden_ND, balance = self._hidden(batches)
         total = torch.zeros((), device=hidden_ND.device)
         if self.criterion.has_loss or not self.training:
+            constant_ND = teacher_hidden_ND.detach() if weights.kd and teacher_hidden_ND is not None else None
+            tokens = hidden_ND, targets_N, constant_ND, token_weights
+            if self.training and self.criterion.selection is not None:
+                tokens = self._selected(self.criterion.selection, batches, tokens, weights)
             total = fused_loss(
-                hidden_ND,
+                tokens[0],
                 self.student.head(),
-                targets_N,
+                tokens[1],
                 weights=weights,
-                teacher_hidden_ND=teacher_hidden_ND.detach() if weights.kd and teacher_hidden_ND is not None else None,
+                teacher_hidden_ND=tokens[2],
                 teacher_head=self._teacher_head() if weights.kd else None,
-                token_weights=token_weights,
+                token_weights=tokens[3],
                 matmul_dtype=self.matmul_dtype,
                 chunk=self.chunk,
                 on_halved=self._remember_chunk,
@@ -210,6 +219,33 @@ class StudentLoss(nn.Module):
         balance = sum(losses[1:], start=losses[0])
         return concatenate([hidden_ND for hidden_ND, _ in found]), balance
 
+    def _selected(
+        self, selection: TokenSelection, batches: SequenceOf[Batch], tokens: LossTokens, weights: LossWeights
+    ) -> LossTokens:
+        """Return what the loss needs of the selected tokens, from that of all tokens."""
+        hidden_ND, targets_N, teacher_hidden_ND, token_weights = tokens
+        head, teacher_head, dtype = self.student.head(), self._teacher_head(), self.matmul_dtype
+        if selection.score == "divergence" and weights.kd:
+            assert teacher_hidden_ND is not None
+            assert teacher_head is not None
+            assert weights.divergence is not None
+            scores_N = token_divergences(
+                hidden_ND,
+                head,
+                teacher_hidden_ND,
+                teacher_head,
+                weights.divergence,
+                matmul_dtype=dtype,
+                chunk=self.chunk,
+            )
+        else:  # also while the weight of the divergence is still 0
+            scores_N = token_entropies(hidden_ND, head, matmul_dtype=dtype, chunk=self.chunk)
+        starts = accumulate((batch.size for batch in batches), initial=0)
+        rows_N = torch.cat([batch.rows_N + start for batch, start in zip(batches, starts, strict=False)])
+        kept = selection.indices(scores_N, rows_N)
+        teacher_hidden_KD = None if teacher_hidden_ND is None else teacher_hidden_ND[kept]
+        return hidden_ND[kept], targets_N[kept], teacher_hidden_KD, token_weights[kept]
+
     @torch.no_grad()
     def log_probs(
         self, batches: SequenceOf[Batch], teacher_hidden_ND: Tensor | None, models: SequenceOf[str]
@@ -243,9 +279,11 @@ class StudentLoss(nn.Module):
         )
 
 
-def sequence_shares(batch: Batch) -> Tensor:
-    """Return for each token 1/n, with n the tokens of its response."""
+def sequence_shares(batch: Batch, selection: TokenSelection | None = None) -> Tensor:
+    """Return for each token 1/n, with n the tokens of its response that enter the loss."""
     lengths_B = torch.bincount(batch.rows_N, minlength=batch.size)
+    if selection is not None:
+        lengths_B = torch.tensor([selection.kept(n) for n in lengths_B.tolist()], device=lengths_B.device)
     return 1.0 / lengths_B[batch.rows_N]
 
 

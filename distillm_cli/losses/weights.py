@@ -28,7 +28,7 @@ class Surrogate(Protocol):
     """Compute a loss of N supervised tokens from their log-probabilities [N]: values [N] and −d value / d log q [N]."""
 
     def __call__(self, log_q_N: Tensor) -> tuple[Tensor, Tensor]: ...
-    def __getitem__(self, tokens: slice) -> Surrogate: ...
+    def __getitem__(self, tokens: slice | Tensor) -> Surrogate: ...
     def to(self, device: torch.device | str) -> Surrogate: ...
 
 
@@ -45,7 +45,7 @@ class TokenWeights:
     kd_weights_N: Tensor | None = None
     surrogate: Surrogate | None = None
 
-    def __getitem__(self, tokens: slice) -> TokenWeights:
+    def __getitem__(self, tokens: slice | Tensor) -> TokenWeights:
         return self._map(lambda part: part[tokens])
 
     def to(self, device: torch.device | str) -> TokenWeights:

@@ -678,6 +678,11 @@ def test_invalid_value_is_rejected_with_line_and_hint(write_recipe, text, mentio
             '{teacher: {quantize: 4bit}, student: {path: "layers:2"}}',
             ("teacher.quantize = 4bit", "layers:2"),
         ),
+        (
+            "{objective: {tokens: 'entropy:0.5'}, data: {mixup: 0.4}}",
+            ("objective.tokens", "data.mixup needs all tokens"),
+        ),
+        ("{objective: {temperature: 2}, ctcd: {enabled: true}}", ("objective.temperature", "ctcd.temperature")),
     ],
 )
 def test_conflicting_fields_are_rejected(write_recipe, text, mentions):
@@ -849,6 +854,7 @@ BOUND = {
 }
 BOUND |= {"student.lora.alpha", "student.lora.targets"}
 BOUND |= {"objective.policy_gradient", "objective.row_weight", "objective.by_source", "objective.curriculum"}
+BOUND |= {"objective.temperature", "objective.temperature_scale", "objective.tokens"}
 BOUND |= {"eval.trigger", "eval.target", "data.mixup", "objective.input_gradient", "disco.enabled", "train.adversarial"}
 BOUND |= {"disco.enabled", "disco.keep_projection", "disco.pairs_epochs"}
 BOUND |= {"schedule.fresh", "train.lr", "train.min_lr", "data.date"}
