@@ -77,6 +77,7 @@ class _CommonFields(TypedDict, total=False):
     ctcd: Fields
     mixkd: Fields
     kdiga: Fields
+    hidden: Fields
     disco: Fields
     robustkd: Fields
     train: Fields

@@ -24,7 +24,12 @@ _INPUT_GRADIENT = {
     "objective.input_gradient": Condition("above 0", 0.2, lambda w: isinstance(w, int | float) and w > 0)
 }
 
+_HIDDEN = {"objective.hidden": Condition("above 0", 1.0, lambda w: isinstance(w, int | float) and w > 0)}
+
 Weight = Annotated[float, Field(ge=0)]
+BlockPairs = Annotated[
+    str, Field(pattern=r"^[1-9][0-9]*:[1-9][0-9]*(,[1-9][0-9]*:[1-9][0-9]*)*$", examples=["1:4,2:8"])
+]
 
 
 class OKDConfig(Section):
@@ -115,6 +120,19 @@ class MixKDConfig(Section):
     )
 
 
+class HiddenConfig(Section):
+    """Configure the distance between blocks of student and teacher, with ``objective.hidden``."""
+
+    layers: Annotated[Literal["last", "even"] | BlockPairs, UsedWhen(_HIDDEN)] = Field(
+        "last",
+        description="Matched blocks STUDENT:TEACHER, counted from 1: 1:4,2:8. last: the last of each. even: each of "
+        "the student's with one of the teacher's, evenly spread (TinyBERT).",
+    )
+    loss: Annotated[Literal["mse", "cosine"], UsedWhen(_HIDDEN)] = Field(
+        "mse", description="Distance. mse: mean squared error over the width. cosine: 1 − cos."
+    )
+
+
 class KDIGAConfig(Section):
     """Configure the alignment of input gradients, with ``objective.input_gradient`` (in the style of arXiv 2110.12072)."""
 
@@ -177,6 +195,7 @@ EXTRAS: dict[str, type[Section]] = {
     "ctcd": CTCDConfig,
     "mixkd": MixKDConfig,
     "kdiga": KDIGAConfig,
+    "hidden": HiddenConfig,
     "disco": DisCoConfig,
     "robustkd": RobustKDConfig,
 }

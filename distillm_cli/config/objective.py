@@ -103,6 +103,10 @@ class ObjectiveConfig(DivergenceConfig):
         description="Weight of the distance between the gradients of the cross-entropy of student and teacher by their "
         "inputs (KDIGA, section kdiga). 0: off.",
     )
+    hidden: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="Weight of the distance between blocks of student and teacher (section hidden). 0: off.",
+    )
     router_aux: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
         "auto",
         description="Weight of the auxiliary loss of the routers of a mixture of experts, for sft too. auto: the "

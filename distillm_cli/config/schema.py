@@ -13,7 +13,15 @@ from pydantic import Field, model_validator
 
 from distillm_cli import plugins
 from distillm_cli.config import student_spec
-from distillm_cli.config.extras import CTCDConfig, DisCoConfig, KDIGAConfig, MixKDConfig, OKDConfig, RobustKDConfig
+from distillm_cli.config.extras import (
+    CTCDConfig,
+    DisCoConfig,
+    HiddenConfig,
+    KDIGAConfig,
+    MixKDConfig,
+    OKDConfig,
+    RobustKDConfig,
+)
 from distillm_cli.config.fields import (
     Beta,
     Condition,
@@ -553,6 +561,7 @@ class Recipe(Section):
     ctcd: CTCDConfig = CTCDConfig()
     mixkd: MixKDConfig = MixKDConfig()
     kdiga: KDIGAConfig = KDIGAConfig()
+    hidden: HiddenConfig = HiddenConfig()
     disco: DisCoConfig = DisCoConfig()
     robustkd: RobustKDConfig = RobustKDConfig()
     train: TrainConfig = TrainConfig()
@@ -568,6 +577,15 @@ class Recipe(Section):
     def teacher_trainer(self) -> str | None:
         """Return the key of the field by which the run changes the teacher; None if it is the one on disk."""
         return next(iter(self._teacher_changes()), None)
+
+    @property
+    def uncached_because(self) -> str | None:
+        """Return why no cache can have the teacher's states that steps need; None if one can."""
+        if self.teacher_trainer is not None:
+            return f"the teacher changes ({self.teacher_trainer})"
+        if self.objective.hidden and self.method != "sft":
+            return "the loss needs states of the teacher's blocks (objective.hidden)"
+        return None
 
     def _teacher_changes(self) -> list[str]:
         """Return the keys of the fields by which the run changes the teacher."""
@@ -656,6 +674,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_hidden(self) -> Recipe:
+        if not self.objective.hidden or self.method == "sft":
+            return self
+        key = self.teacher_trainer or ("disco.enabled" if self.disco.enabled else None)
+        if key is not None:
+            raise ValueError(
+                f"objective.hidden {self.objective.hidden:g} cannot be combined with {key}; try --set objective.hidden=0"
+            )
+        if self.teacher.cache not in ("auto", "off"):
+            raise ValueError(f"teacher.cache {self.teacher.cache}: {self.uncached_because}; try --teacher-cache off")
+        return self
+
+    @model_validator(mode="after")
     def _check_mixup(self) -> Recipe:
         if not self.data.mixup or self.method == "sft":
             return self
@@ -692,6 +723,7 @@ class Recipe(Section):
             "robustkd.blocks": self.robustkd.blocks > 0,
             "data.mixup": self.data.mixup > 0,
             "objective.input_gradient": self.objective.input_gradient > 0,
+            "objective.hidden": self.objective.hidden > 0,
         }
         key = next((key for key, is_on in whole.items() if is_on), None)
         if self.objective.tokens != "all" and key is not None:

@@ -75,6 +75,11 @@ def build_extras(
 
         masks = read_masks(stages[MASK_STAGE])
         extras["robustkd"] = RobustKD(teacher, pair.student, masks, recipe.robustkd, seed=seed)
+    if recipe.objective.hidden:
+        from distillm_cli.extras.hidden_states import HiddenStates
+
+        weight = recipe.objective.hidden
+        extras["hidden"] = HiddenStates(teacher, pair.student, recipe.hidden, weight=weight, seed=seed)
     if recipe.objective.input_gradient:
         from distillm_cli.extras.kdiga import KDIGA
 
@@ -93,12 +98,17 @@ def build_extras(
 
 
 def check_extras(recipe: Recipe, pair: Pair) -> None:
-    """Raise ModelError if the recipe's extras cannot work with these models, before anything is trained."""
+    """Raise ModelError or UsageError if the recipe's extras cannot work with these models, before anything is trained."""
     models = [pair.student] if recipe.train.adversarial != "none" or recipe.data.mixup else []
     if recipe.runs_teacher_on_embeddings:
         models = [*pair.models.values()]
     for model in models:
         model.check_embeddings()
+    if recipe.objective.hidden and pair.teacher is not None:
+        from distillm_cli.extras.hidden_states import matched_pairs
+        from distillm_cli.models.blocks import blocks_of
+
+        matched_pairs(recipe.hidden.layers, len(blocks_of(pair.student)), len(blocks_of(pair.teacher)))
     if recipe.objective.input_gradient and pair.teacher is not None:
         from distillm_cli.extras.kdiga import check_second_derivative
 

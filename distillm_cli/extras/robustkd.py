@@ -30,11 +30,12 @@ from torch import Tensor, nn
 from distillm_cli.config.extras import RobustKDConfig
 from distillm_cli.errors import START_OVER, CheckpointError, UsageError
 from distillm_cli.extras import MASK_FILE
-from distillm_cli.losses.extra import Extra, StudentPass, TeacherPass
+from distillm_cli.extras.matched_blocks import MatchedBlocks, projections
+from distillm_cli.losses.extra import Extra, StudentPass
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.blocks import BlockOutputs, blocks_of, real_positions, supervised_positions
+from distillm_cli.models.blocks import BlockOutputs, block_width, blocks_of, real_positions, states_at
 from distillm_cli.training.state import RunInfo
-from distillm_cli.types import Batch, Sequence, collate
+from distillm_cli.types import Sequence, collate
 from distillm_cli.utils.modules import eval_mode
 from distillm_cli.utils.text import counted
 
@@ -90,7 +91,7 @@ def mean_features(teacher: Backbone, count: int, batches: SequenceOf[SequenceOf[
             with eval_mode(teacher), torch.autocast(teacher.device.type, enabled=False):
                 teacher.hidden(batch)
             real_M = real_positions(teacher, batch)
-            states = [_at(passes, [real_M]).float().sum(0).to("cpu", torch.float64) for passes in outputs.take()]
+            states = [states_at(passes, [real_M]).float().sum(0).to("cpu", torch.float64) for passes in outputs.take()]
             sums = states if not sums else [total + part for total, part in zip(sums, states, strict=True)]
             positions += len(real_M)
     finally:
@@ -142,7 +143,7 @@ class MaskTraining(Extra):
         return detoxified(states_BTD, self.logits_KD[index].sigmoid(), self.feature_KD[index])
 
 
-class RobustKD(TeacherPass):
+class RobustKD(MatchedBlocks):
     """Mask the blocks of a frozen teacher, and connect the student's blocks to them.
 
     masks: m and d [K, D], which stay constant. The masks are in effect for every use of the teacher until ``release``.
@@ -154,66 +155,35 @@ class RobustKD(TeacherPass):
     def __init__(
         self, teacher: Backbone, student: Backbone, masks: tuple[Tensor, Tensor], config: RobustKDConfig, *, seed: int
     ):
-        super().__init__(teacher)
+        matched = matched_blocks(blocks_of(student), config.blocks) if config.connector_weight else []
+        super().__init__(
+            teacher, BlockOutputs(last_blocks(teacher, config.blocks), self._change), BlockOutputs(matched)
+        )
         self.weight = config.connector_weight
         device = teacher.device
         self.register_buffer("mask_KD", masks[0].to(device))
         self.register_buffer("feature_KD", masks[1].to(device))
-        self.outputs = BlockOutputs(last_blocks(teacher, config.blocks), self._change)
-        self.student_outputs = BlockOutputs(matched_blocks(blocks_of(student), config.blocks) if self.weight else [])
         self.connectors = nn.ModuleList()
         if self.weight:
-            width = _width(student, self.student_outputs)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed + _SEED)
-                linears = [nn.Linear(width, self.mask_KD.shape[1]) for _ in range(config.blocks)]
-            self.connectors = nn.ModuleList(linears).to(student.device)
-        self._teacher_features: list[Tensor] = []
-        self._student_positions: list[Tensor] = []
+            widths = block_width(student), self.mask_KD.shape[1]
+            self.connectors = projections(config.blocks, widths, seed=seed + _SEED).to(student.device)
         teacher.forget_fast_paths()
         self.outputs.attach()
 
-    def train(self, mode: bool = True) -> RobustKD:
-        """Keep the teacher in evaluation mode: it is frozen."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    @torch.no_grad()
-    def hidden(self, batches: SequenceOf[Batch]) -> Tensor:
-        """Return the masked teacher's states. The student's pass over the same batches follows."""
-        self.outputs.collects = bool(self.weight)
-        try:
-            with torch.autocast(batches[0].ids_BT.device.type, enabled=False):
-                hidden_ND = torch.cat([self.teacher.hidden(batch) for batch in batches])
-            positions = [supervised_positions(self.teacher, batch) for batch in batches]
-            self._teacher_features = [_at(passes, positions) for passes in self.outputs.take() if passes]
-        finally:
-            self.outputs.collects = False
-            self.outputs.take()
-        self._student_positions = positions
-        self.student_outputs.attach()
-        self.student_outputs.collects = True
-        return hidden_ND
-
     def loss(self, done: StudentPass) -> Tensor | None:
         """Return the connectors' relative squared error, mean over blocks and positions, with its weight and scale."""
-        passes = self.student_outputs.take()
-        self.student_outputs.remove()
+        states = self.take_states()
         if not self.weight:
             return None
         total = done.hidden_ND.new_zeros((), dtype=torch.float32)
-        for connector, of_block, target_ND in zip(self.connectors, passes, self._teacher_features, strict=True):
-            states_NS = _at(of_block, self._student_positions)
+        for connector, (states_NS, target_ND) in zip(self.connectors, states, strict=True):
             error_ND = connector(states_NS.to(connector.weight.dtype)).float() - target_ND.float()
             norm_N = target_ND.float().square().sum(1).clamp_min(_SMALLEST_NORM)
             total = total + (error_ND.square().sum(1) / norm_N).sum()
-        self._teacher_features = []
         return total * (self.weight * done.scale / len(self.connectors))
 
     def release(self) -> None:
-        self.student_outputs.remove()
-        self.outputs.remove()
+        super().release()
         self.teacher.forget_fast_paths()
 
     def _change(self, index: int, states_BTD: Tensor) -> Tensor:
@@ -229,23 +199,3 @@ def matched_blocks(blocks: list[nn.Module], count: int) -> list[nn.Module]:
     if depth >= count:
         return blocks[depth - count :]
     return [blocks[-(-(k + 1) * depth // count) - 1] for k in range(count)]
-
-
-def _at(passes: list[Tensor], positions: list[Tensor]) -> Tensor:
-    """Return the states [N, D] at these positions of the passes' outputs [B, T, D]."""
-    return torch.cat([s.flatten(0, 1).index_select(0, at_N) for s, at_N in zip(passes, positions, strict=True)])
-
-
-@torch.no_grad()
-def _width(student: Backbone, outputs: BlockOutputs) -> int:
-    """Return the width of a student's blocks, measured on one token."""
-    token = torch.ones(1, dtype=torch.int32).numpy()
-    outputs.collects = True
-    outputs.attach()
-    try:
-        with eval_mode(student):
-            student.hidden(collate([Sequence(token, token)]).to(student.device))
-        return outputs.take()[0][0].shape[-1]
-    finally:
-        outputs.remove()
-        outputs.collects = False

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -16,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from distillm_cli.errors import ModelError
 from distillm_cli.models import seq2seq
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.types import Batch
+from distillm_cli.types import Batch, Sequence, collate
+from distillm_cli.utils.modules import eval_mode
 
 _DEPTHS = ("num_decoder_layers", "decoder_layers")  # of encoder-decoders; the others have num_hidden_layers
 
@@ -55,6 +57,26 @@ def real_positions(backbone: Backbone, batch: Batch) -> Tensor:
     last_B = torch.full((B,), -1, dtype=torch.int64, device=time_N.device)
     last_B = last_B.scatter_reduce(0, batch.rows_N, time_N, "amax")
     return (torch.arange(T, device=time_N.device) <= last_B[:, None]).flatten().nonzero().squeeze(1)
+
+
+def states_at(passes: list[Tensor], positions: list[Tensor]) -> Tensor:
+    """Return the states [N, D] at these positions of the passes' outputs [B, T, D]."""
+    return torch.cat([s.flatten(0, 1).index_select(0, at_N) for s, at_N in zip(passes, positions, strict=True)])
+
+
+@torch.no_grad()
+def block_width(backbone: Backbone) -> int:
+    """Return the width of a model's blocks, measured on one token."""
+    token = np.ones(1, dtype=np.int32)
+    outputs = BlockOutputs(blocks_of(backbone)[-1:])
+    outputs.collects = True
+    outputs.attach()
+    try:
+        with eval_mode(backbone):
+            backbone.hidden(collate([Sequence(token, token)]).to(backbone.device))
+        return outputs.take()[0][0].shape[-1]
+    finally:
+        outputs.remove()
 
 
 class BlockOutputs:

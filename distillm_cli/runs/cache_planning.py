@@ -174,10 +174,10 @@ def warm_cache(
 
 def check_rows(recipe: Recipe) -> None:
     """Raise UsageError for a cache on disk if the run changes the teacher, or does not train on rows, which are cached."""
-    if recipe.teacher_trainer is not None:
+    if recipe.uncached_because is not None:
         raise UsageError(
             "usage.no_teacher_cache",
-            f"the teacher changes during the run ({recipe.teacher_trainer}), so its hidden states cannot be cached",
+            f"{recipe.uncached_because}, so no cache is used",
             hint="use no --warm-teacher-cache and no --rebuild-teacher-cache",
         )
     if not uses_rows(recipe):
@@ -213,8 +213,8 @@ def plan_cache(
     run: Prepared, workload: CacheWorkload, *, started_mode: str | None = None, rebuild: bool = False
 ) -> CachePlan:
     """Return the location and size of the teacher cache. Arguments: see ``open_teacher``."""
-    if run.recipe.teacher_trainer is not None:
-        return CachePlan("off", f"not cached, since the teacher changes ({run.recipe.teacher_trainer})")
+    if run.recipe.uncached_because is not None:
+        return CachePlan("off", f"not cached, since {run.recipe.uncached_because}")
     mode = run.recipe.teacher.cache
     if rebuild and mode in ("memory", "off"):
         raise UsageError(

@@ -210,7 +210,7 @@ def plan_from_configs(
         device=device.type,
         cached_bytes=cached_bytes,
         caches_rows=cache is not None and bool(cache["bytes"]),
-        caches_samples=recipe.teacher.cache != "off" and recipe.teacher_trainer is None,
+        caches_samples=recipe.teacher.cache != "off" and recipe.uncached_because is None,
     )
     workload = _with_stages(workload, resolved)
     data: dict[str, Any] = {"source": redact(recipe.data.source), "rows": None if rows is None else len(rows)}
@@ -399,8 +399,8 @@ def _predicted_cache(
     """
     if teacher is None:
         return None, {}
-    if recipe.teacher_trainer is not None:
-        why = f"not cached, since the teacher changes ({recipe.teacher_trainer})"
+    if recipe.uncached_because is not None:
+        why = f"not cached, since {recipe.uncached_because}"
         sizes_of_none = {"rows": 0, "bytes": 0, "rollout_bytes": 0, "sample_bytes": 0, "bytes_per_token": 0}
         return {"mode": "off", **sizes_of_none, "why": why}, {}
     mode = recipe.teacher.cache

@@ -1,4 +1,4 @@
-"""Test MixKD, KDIGA, adversarial fine-tuning and ``eval --attack`` from the command line, interrupted and resumed."""
+"""Test MixKD, KDIGA, hidden states, adversarial fine-tuning and ``eval --attack`` from the command line, with resume."""
 
 import json
 import signal
@@ -18,6 +18,7 @@ SHORT = [
 ]  # fmt: skip
 DISTILL = ["distill", "--recipe", "questions", *SHORT, "--set", "student.sft_epochs=0", "--student", "random:1x32"]
 MIXKD = [*DISTILL, "--method", "mixkd"]
+HIDDEN = [*DISTILL, "--method", "gkd", "--set", "rollout.max_new_tokens=6", "--set", "objective.hidden=0.5"]
 KDIGA = [*DISTILL, "--method", "kdiga", "--set", "kdiga.every=2", "--set", "kdiga.candidates=8"]
 ROBUST = [
     "sft",
@@ -47,17 +48,24 @@ RUNS = [
     (MIXKD, "t5", ["--teacher-cache", "memory"]),
     (KDIGA, "llama", ["--teacher-cache", "disk", "--set", "teacher.cache_dir=states"]),
     (KDIGA, "t5", []),
+    (HIDDEN, "llama", ["--set", "hidden.layers=even", "--set", "hidden.loss=cosine"]),
+    (HIDDEN, "t5", ["--set", "train.accumulate=2", "--student", "random:t5:1x16"]),
     (ROBUST, None, ["--set", "data.mixup=0.4"]),
 ]
 
 
-@pytest.mark.parametrize(("argv", "family", "settings"), RUNS, ids=["mixkd", "mixkd-t5", "kdiga", "kdiga-t5", "sft"])
+@pytest.mark.parametrize(
+    ("argv", "family", "settings"), RUNS, ids=["mixkd", "mixkd-t5", "kdiga", "kdiga-t5", "hidden", "hidden-t5", "sft"]
+)
 def test_resume_matches_uninterrupted_run(cli, monkeypatch, tmp_path, argv, family, settings):
     argv = [*argv, *settings]
     if family == "t5":
         argv += ["--teacher", tiny.save(tmp_path / "teacher", family)]
     code, full, err = cli(*argv, "--output", "full")
     assert code == 0, err
+    if argv[: len(HIDDEN)] == HIDDEN:
+        assert all(line["hidden"] > 0 for line in lines(tmp_path / "full") if "loss" in line)
+        assert not [name for name in load_file("full/model.safetensors") if "maps" in name]
     if "--teacher-cache" in settings:
         assert not full["teacher_cache"]["model_left"], "the teacher is needed in every step"
     begin_step = Trainer._begin_step
@@ -118,6 +126,12 @@ ALIGNED = "objective.input_gradient=1"
     (f"{ALIGNED} teacher.quantize=8bit", "recipe.fields_conflict", "teacher.quantize=none"),
     (f"{ALIGNED} kdiga.space=shared", "model.different_widths", "kdiga.space=swap"),
     ("train.adversarial_radius=0.1", "recipe.unused_field", "train.adversarial"),
+    ("hidden.layers=even", "recipe.unused_field", "objective.hidden"),
+    ("objective.hidden=1 hidden.layers=1-2", "recipe.invalid_value", "hidden.layers"),
+    ("objective.hidden=1 hidden.layers=9:1", "usage.invalid_blocks", "the student has 1 block"),
+    ("objective.hidden=1 okd.rank=2", "recipe.fields_conflict", "objective.hidden=0"),
+    ("objective.hidden=1 teacher.cache=disk", "recipe.fields_conflict", "--teacher-cache off"),
+    ("objective.hidden=1 objective.tokens=entropy:0.5", "recipe.fields_conflict", "objective.tokens=all"),
 ])  # fmt: skip
 def test_settings_that_conflict_are_refused(cli, settings, code, mention):
     sets = [word for setting in settings.split() for word in ("--set", setting)]

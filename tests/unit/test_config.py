@@ -855,7 +855,15 @@ BOUND = {
 BOUND |= {"student.lora.alpha", "student.lora.targets"}
 BOUND |= {"objective.policy_gradient", "objective.row_weight", "objective.by_source", "objective.curriculum"}
 BOUND |= {"objective.temperature", "objective.temperature_scale", "objective.tokens"}
-BOUND |= {"eval.trigger", "eval.target", "data.mixup", "objective.input_gradient", "disco.enabled", "train.adversarial"}
+BOUND |= {
+    "eval.trigger",
+    "eval.target",
+    "data.mixup",
+    "objective.input_gradient",
+    "objective.hidden",
+    "disco.enabled",
+    "train.adversarial",
+}
 BOUND |= {"disco.enabled", "disco.keep_projection", "disco.pairs_epochs"}
 BOUND |= {"schedule.fresh", "train.lr", "train.min_lr", "data.date"}
 EVERY_FIELD = st.fixed_dictionaries({}, optional={key: _values(key) for key in leaves() if key not in BOUND})
