@@ -415,9 +415,14 @@ def train_recipe(
 
 
 def plan_recipe(
-    recipe: str | Path | Resolved | None, flags: Mapping[str, Flag], sets: Sequence[str], listener: Listener
+    recipe: str | Path | Resolved | None,
+    flags: Mapping[str, Flag],
+    sets: Sequence[str],
+    listener: Listener,
+    *,
+    strict: bool = False,
 ) -> PlanResult | PipelinePlan:
-    """Plan a recipe, or every stage of a pipeline."""
+    """Plan a recipe, or every stage of a pipeline. strict: a warning of the checks of a run is an error."""
     from distillm_cli.config.load import resolve
     from distillm_cli.config.pipeline_recipe import is_pipeline, load_pipeline
     from distillm_cli.runs.defaults import fitted, fitted_line, fitted_pipeline
@@ -442,7 +447,7 @@ def plan_recipe(
         listener(Note(line))
     from distillm_cli.runs.plan import plan_run
 
-    return plan_run(resolved, listener)
+    return plan_run(resolved, listener, strict=strict)
 
 
 def generation_flags(flags: Mapping[str, Flag], *, greedy: bool) -> dict[str, Flag]:
@@ -500,6 +505,7 @@ def distill(
     overwrite: bool = False,
     rebuild_teacher_cache: bool = False,
     compare: bool = False,
+    strict: bool = False,
     display: bool = False,
     listener: Listener | None = None,
     **fields: Unpack[DistillFields],
@@ -509,7 +515,8 @@ def distill(
     recipe: a shipped name, a file, or the result of ``load_recipe``. output: directory of the result; None: a new one under
     ``runs/``, named as on the command line. resume: continue from the newest checkpoint in ``output``. overwrite: replace
     an earlier run there. rebuild_teacher_cache: replace a cache on disk that is stale. compare: also train the baselines,
-    plain SFT and off-policy distillation, for the same seconds. display: show what the command line shows. listener: called
+    plain SFT and off-policy distillation, for the same seconds. strict: a warning of the checks before the first step is an
+    error. display: show what the command line shows. listener: called
     with every event. fields: see ``DistillFields``; they override the recipe.
 
     teacher and student are names, paths, results of earlier runs, or model objects: ``(model, tokenizer)``, or a model with
@@ -521,7 +528,11 @@ def distill(
     from distillm_cli.runs.start import TrainOptions
 
     options = TrainOptions(
-        resume=resume, overwrite=overwrite, rebuild_teacher_cache=rebuild_teacher_cache, compare=compare
+        resume=resume,
+        overwrite=overwrite,
+        rebuild_teacher_cache=rebuild_teacher_cache,
+        compare=compare,
+        strict=strict,
     )
     return _train("distill", recipe, output, options, fields, _reporting(display, listener))
 
@@ -532,6 +543,7 @@ def sft(
     output: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    strict: bool = False,
     display: bool = False,
     listener: Listener | None = None,
     **fields: Unpack[SftFields],
@@ -542,7 +554,7 @@ def sft(
     """
     from distillm_cli.runs.start import TrainOptions
 
-    options = TrainOptions(resume=resume, overwrite=overwrite)
+    options = TrainOptions(resume=resume, overwrite=overwrite, strict=strict)
     return _train("sft", recipe, output, options, fields, _reporting(display, listener))
 
 

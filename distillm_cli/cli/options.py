@@ -387,6 +387,15 @@ Quiet = Annotated[
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        metavar="",
+        help="Stop before the first step if a check warns: ends, templates, teacher, rows, memory, disk.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
 Debug = Annotated[
     bool, typer.Option("--debug", metavar="", help="Print tracebacks with errors.", rich_help_panel=OUTPUT_PANEL)
 ]

@@ -23,6 +23,7 @@ def plan(
     sets: options.Set = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
+    strict: options.Strict = False,
     debug: options.Debug = False,
 ) -> None:
     """Estimate the requirements of a run: compatibility, sizes, dropped rows, memory, FLOPs, and time on known GPUs.
@@ -35,7 +36,7 @@ def plan(
     from distillm_cli.ui.console import console
 
     with console(json_mode=json, quiet=quiet) as ui:
-        result = plan_recipe(recipe, fields, sets or (), ui)
+        result = plan_recipe(recipe, fields, sets or (), ui, strict=strict)
         from distillm_cli.ui.plan_tables import tables_of
 
         ui.answer(*tables_of(result))

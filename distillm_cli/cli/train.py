@@ -55,6 +55,7 @@ class TrainingOptions:
     overwrite: options.Overwrite = False
     json: options.Json = False
     quiet: options.Quiet = False
+    strict: options.Strict = False
     debug: options.Debug = False
 
 
@@ -151,6 +152,7 @@ def launch(
         overwrite=chosen.overwrite,
         rebuild_teacher_cache=rebuild_teacher_cache,
         compare=compare,
+        strict=chosen.strict,
     )
     with console(json_mode=chosen.json, quiet=chosen.quiet) as ui:
         result = train_recipe(verb, resolved, output, ui, run_options, chosen.recipe)

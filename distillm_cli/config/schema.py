@@ -166,6 +166,10 @@ class StudentConfig(Section):
         description="Tokenizer: a directory, a hub name, or one trained on the data (bpe:1000, chars, words). Unset: the "
         "student's own, else the teacher's.",
     )
+    stop_tokens: tuple[Name, ...] = Field(
+        (),
+        description="Further tokens at which the student stops, as the tokenizer writes them. They are saved with it.",
+    )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Compute dtype. Parameters stay fp32 (autocast). auto: bf16 on hardware with fast bf16."
     )
@@ -275,6 +279,11 @@ class DataConfig(Section):
     turns: Literal["all", "last"] = Field("all", description="Supervised assistant messages of a conversation.")
     date: Name | None = Field(
         None, description="Current date for chat templates, YYYY-MM-DD. Unset: the day on which the run starts."
+    )
+    eos: Name | None = Field(
+        None,
+        description="Token that ends responses without a chat template, as the tokenizer writes it. Unset: the student's "
+        "end-of-sequence, or one at which the teacher stops.",
     )
     special_tokens_in_text: Literal["encode", "text", "refuse"] = Field(
         "encode",

@@ -100,8 +100,10 @@ def set_languages(tokenizer: Any, data: DataConfig, models: Iterable[Backbone]) 
 def default_end_token(data: DataConfig, pair: Pair, listener: Listener) -> int:
     """Return the end token of responses without a chat template, one at which both models stop.
 
-    It is the student's end-of-sequence token, or, if the teacher does not stop at that, the teacher's.
+    It is ``data.eos``, else the student's end-of-sequence token, or, if the teacher does not stop at that, the teacher's.
     """
+    if data.eos is not None:
+        return token_id(pair, data.eos, "data.eos")
     student = pair.tokenizer.eos_token_id
     teacher = pair.teacher_stops
     if teacher is None or student in teacher:
@@ -123,6 +125,18 @@ def default_end_token(data: DataConfig, pair: Pair, listener: Listener) -> int:
         )
     )
     return end
+
+
+def token_id(pair: Pair, token: str, key: str) -> int:
+    """Return the id of a token named in the recipe. Raises UsageError for one that a model lacks."""
+    found = pair.tokenizer.get_vocab().get(token)
+    if found is None or found >= pair.vocab:
+        raise UsageError(
+            "usage.unknown_token",
+            f"{key} = {token!r}: not a token of the models",
+            hint="give a single token as the tokenizer writes it",
+        )
+    return found
 
 
 def set_stop_tokens(pair: Pair, encoder: Encoder, is_chat: bool, listener: Listener) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -30,6 +30,7 @@ from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, si
 from distillm_cli.runs import costs, gpus
 from distillm_cli.runs.cache_planning import CachePlan, check_rows, disk_free, plan_cache, workload_of
 from distillm_cli.runs.cache_size import CacheWorkload, uses_rows
+from distillm_cli.runs.preflight import check_strict, preflight, probe
 from distillm_cli.runs.prepare import Prepared, new_order, prepare, texts_of
 from distillm_cli.runs.report import check_can_generate, check_selection_metric
 from distillm_cli.runs.run_results import DecodedSequence, PlanResult
@@ -62,8 +63,11 @@ def _is_on_disk_or_hub(path: str) -> bool:
     return isinstance(parse_student(path), SavedModel | BuiltinModel | ConfigFile)
 
 
-def plan_run(resolved: Resolved, listener: Listener) -> PlanResult:
-    """Plan one run, from its models if their weights are available, else from their configs."""
+def plan_run(resolved: Resolved, listener: Listener, *, strict: bool = False) -> PlanResult:
+    """Plan one run, from its models if their weights are available, else from their configs.
+
+    strict: a warning of the checks, which need the weights, is an error.
+    """
     if resolved.recipe.disco.enabled:
         from distillm_cli.runs.embeddings import plan_embeddings
 
@@ -75,7 +79,13 @@ def plan_run(resolved: Resolved, listener: Listener) -> PlanResult:
     run = prepare(resolved.recipe, listener)
     check_can_generate(run)
     check_extras(run.recipe, run.pair)
-    return PlanResult(plan_prepared(run, resolved), _decoded_batch(run))
+    findings = preflight(run)
+    check_strict(findings, strict=strict)
+    figures = plan_prepared(run, resolved) | {
+        "findings": [finding.as_json() for finding in findings],
+        "answers": [asdict(answers) for answers in probe(run, listener)],
+    }
+    return PlanResult(figures, _decoded_batch(run))
 
 
 def _decoded_batch(run: Prepared) -> tuple[DecodedSequence, ...]:
@@ -104,13 +114,24 @@ def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
     """Return the plan of a run whose models and rows are loaded."""
     if run.recipe.okd.rank is not None:
         build_extras(run.recipe, run.pair, {})  # as in the run: an adapter in the teacher
+    workload, cache_plan = _prepared_workload(run)
+    workload = _with_stages(workload, resolved)
+    cache = {} if cache_plan is None else {"teacher_cache": _cache_figures(run, cache_plan)}
+    teacher = run.pair.teacher
+    dtypes = {"student": run.student.model.dtype, "teacher": None if teacher is None else teacher.model.dtype}
+    return _run_figures(workload, str(run.device), run.dtype, dtypes) | {"data": _data_figures(run)} | cache
+
+
+def memory_estimate(run: Prepared) -> int:
+    """Return the estimated peak memory of a run, in bytes."""
+    workload, _ = _prepared_workload(run)
+    return costs.peak_memory(costs.memory(workload), workload.device)
+
+
+def _prepared_workload(run: Prepared) -> tuple[costs.Workload, CachePlan | None]:
+    """Return the work of a run without the stages before it, and the plan of its teacher cache."""
     teacher = None if run.pair.teacher is None else run.pair.teacher.model
     cache_plan = None if teacher is None else plan_cache(run, workload_of(run))
-    cached_bytes: dict[str, int] = {}
-    cache: dict[str, Any] = {}
-    if cache_plan is not None:
-        cached_bytes = cache_plan.size.in_memory(cache_plan.mode)
-        cache = {"teacher_cache": _cache_figures(run, cache_plan)}
     workload = costs.Workload(
         recipe=run.recipe,
         student=sizes(run.student.model, run.pair.vocab),
@@ -120,13 +141,11 @@ def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
         itemsize=run.dtype.itemsize,
         teacher_itemsize=2 if teacher is None else teacher.dtype.itemsize,
         device=run.device.type,
-        cached_bytes=cached_bytes,
+        cached_bytes={} if cache_plan is None else cache_plan.size.in_memory(cache_plan.mode),
         caches_rows=cache_plan is not None and bool(cache_plan.size.rows),
         caches_samples=cache_plan is not None and cache_plan.mode != "off",
     )
-    workload = _with_stages(workload, resolved)
-    dtypes = {"student": run.student.model.dtype, "teacher": None if teacher is None else teacher.dtype}
-    return _run_figures(workload, str(run.device), run.dtype, dtypes) | {"data": _data_figures(run)} | cache
+    return workload, cache_plan
 
 
 def _data_figures(run: Prepared) -> dict[str, Any]:

@@ -306,7 +306,16 @@ def _encoder(
     rows: the training rows. Also returns the data section with these values, and the values that were not set in the
     recipe, by key, with their origin.
     """
-    from distillm_cli.models.chat_format import default_end_token, set_chat_template, set_languages, set_stop_tokens
+    from distillm_cli.models.chat_format import (
+        default_end_token,
+        set_chat_template,
+        set_languages,
+        set_stop_tokens,
+        token_id,
+    )
+
+    stop_tokens = [token_id(pair, token, "student.stop_tokens") for token in recipe.student.stop_tokens]
+    add_stop_tokens(pair.student, stop_tokens, after=True)
 
     set_chat_template(pair, recipe.data, listener)
     set_languages(pair.tokenizer, recipe.data, pair.models.values())

@@ -94,7 +94,7 @@ class TrainResult:
     """Hold the result of ``sft`` and ``distill``. seconds: ``wall_s`` of the command, ``train_s`` of the steps alone.
 
     report: ``valid_loss`` and scores by model ("student_after", "teacher", …). teacher_cache, teacher_tokens: None
-    without a teacher. baselines: of ``--compare``.
+    without a teacher. baselines: of ``--compare``. findings: of the checks before the first step, empty after a resume.
     """
 
     command: str
@@ -122,6 +122,7 @@ class TrainResult:
     teacher_cache: Mapping[str, Any] | None = None
     teacher_tokens: int | None = None
     baselines: tuple[Baseline, ...] = ()
+    findings: tuple[Mapping[str, str], ...] = ()
 
     @property
     def samples(self) -> tuple[Sample, ...]:

@@ -27,14 +27,15 @@ if TYPE_CHECKING:
 class TrainOptions:
     """Describe the handling of existing output and cache.
 
-    compare: also train the baselines of ``runs.compare``. moved_inputs: dotted keys of inputs that are unchanged but whose
-    paths may differ.
+    compare: also train the baselines of ``runs.compare``. strict: a warning of ``runs.preflight`` is an error.
+    moved_inputs: dotted keys of inputs that are unchanged but whose paths may differ.
     """
 
     resume: bool = False
     overwrite: bool = False
     rebuild_teacher_cache: bool = False
     compare: bool = False
+    strict: bool = False
     moved_inputs: Collection[str] = ()
 
 

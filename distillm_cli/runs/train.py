@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from distillm_cli.runs.build import build_trainer
 from distillm_cli.runs.cache_planning import TeacherHandle, check_rows, open_teacher
 from distillm_cli.runs.defaults import fitted
 from distillm_cli.runs.mask_stage import LearnMasks
+from distillm_cli.runs.preflight import Finding, check_strict, preflight, report_findings
 from distillm_cli.runs.prepare import Prepared, prepare
 from distillm_cli.runs.pretraining import PreTraining
 from distillm_cli.runs.publish import publish_model
@@ -73,7 +75,7 @@ from distillm_cli.utils.text import counted, format_bytes
 class _Training:
     """Hold the objects of a training that is ready to start: of a run, or of the fine-tuning stage before it.
 
-    checkpoint: to resume from. started: start of the command, by ``time.perf_counter``.
+    checkpoint: to resume from. started: start of the command, by ``time.perf_counter``. findings: of the checks before it.
     """
 
     command: str
@@ -83,6 +85,7 @@ class _Training:
     checkpoint: Checkpoint | None
     teacher: TeacherHandle | None
     started: float
+    findings: SequenceOf[Finding] = ()
 
 
 class FineTuning(PriorStage):
@@ -157,6 +160,9 @@ def train(
         _check_resumable(run, checkpoints, listener)
         check_can_generate(run)
         check_extras(run.recipe, run.pair)
+        findings = [] if options.resume else preflight(run, output)
+        report_findings(findings, listener)
+        check_strict(findings, strict=options.strict)
         teacher = _open_teacher(run, checkpoints.run, options, listener)
     except KeyboardInterrupt as stop:
         raise interrupted(None, stop) from None
@@ -169,7 +175,7 @@ def train(
     output_dir.write_recipe(output, to_yaml(resolved), stages=[stage.name for stage in stages])
     try:
         run = run_prior_stages(run, stages, resolved, output, checkpoints, teacher, listener)
-        training = _Training(command, run, resolved, output, checkpoints.run, teacher, started)
+        training = _Training(command, run, resolved, output, checkpoints.run, teacher, started, findings)
         result = _train(training, listener)
         report_checkpoints(output, resolved.recipe.train.keep, listener)
         return result
@@ -382,6 +388,7 @@ def _result(
         best_step=state.best_step,
         report={name.replace(" ", "_"): {"valid_loss": m.valid_loss} | m.scores for name, m in models.items()},
         summary=summary,
+        findings=tuple(finding.as_json() for finding in training.findings),
         teacher_cache=None if teacher is None else teacher.facts(),
         teacher_tokens=None if teacher is None else teacher.teacher.tokens,
     )

@@ -41,6 +41,26 @@ def plan_tables(result: PlanResult) -> Iterator[RenderableType]:
     yield Text(f"Assumed: {found['assumed']}.", "dim")
     if result.batch:
         yield from _batch_lines(result.batch)
+    yield from _finding_tables(found)
+
+
+def _finding_tables(found: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Yield the answers of both models to a few prompts, and what may make the run fail."""
+    answers = found.get("answers", [])
+    if answers:
+        models = list(answers[0]["answers"])
+        rows = []
+        for item in answers:
+            texts = [item["answers"][name] + ("" if item["ended"][name] else " …") for name in models]
+            rows.append([Text(" ".join(text.split())) for text in (item["prompt"], *texts)])
+        yield table("Greedy answers before training (… is cut)", ["prompt", *models], rows)
+    if "findings" in found:
+        marks = {"warning": Text("warning", "yellow"), "note": Text("note", "dim")}
+        lines = [[marks[f["severity"]], f["code"], f"{f['what']} ({f['where']})", f["cure"]] for f in found["findings"]]
+        if lines:
+            yield table("Checks", ["", "check", "found", "try"], lines)
+        else:
+            yield Text("Checks: nothing found.", "dim")
 
 
 def _embedding_tables(found: Mapping[str, Any]) -> Iterator[RenderableType]:
