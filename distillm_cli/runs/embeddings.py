@@ -75,7 +75,7 @@ from distillm_cli.runs.train import interrupted, report_checkpoints
 from distillm_cli.teachers.teacher_cache import rows_digest
 from distillm_cli.training.checkpoint import Checkpoint, Checkpoints, read_checkpoint
 from distillm_cli.training.events import Event, Listener, Note, Warned, silent
-from distillm_cli.training.metrics_log import MetricsLog
+from distillm_cli.training.metrics_log import new_metrics_log
 from distillm_cli.training.state import RunInfo, TrainerState
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.training.validation import Validator
@@ -555,7 +555,6 @@ def _distil_first(run: EmbeddingRun, stage: Resolved, output: Path, checkpoint: 
         run.listener(Note(f"already distilled: {output}"))
     else:
         run.listener(Note(f"distilling the student first, in {output}"))
-        output.mkdir(parents=True, exist_ok=True)
         output_dir.write_recipe(output, to_yaml(stage))
         torch.manual_seed(seed)
         run.listener(FineTuned(_train(run, training, "distill", time.perf_counter()), "Distillation"))
@@ -613,12 +612,7 @@ def _trainer(run: EmbeddingRun, stage: _Stage) -> Trainer:
             raise CheckpointError("checkpoint.weights_only", what, where=str(checkpoint.path), hint=hint)
         _load_weights(run.student, checkpoint)
     progress = {"step": 0} if checkpoint is None else checkpoint.state["progress"]
-    log = MetricsLog(
-        stage.output / output_dir.METRICS,
-        log_steps=stage.config.log_steps,
-        first_step=progress["step"],
-        validated=progress.get("valid_loss") is not None,
-    )
+    log = new_metrics_log(stage.output / output_dir.METRICS, stage.config, progress)
 
     def log_and_report(event: Event) -> None:
         log(event)

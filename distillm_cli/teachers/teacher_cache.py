@@ -28,6 +28,7 @@ from torch import Tensor
 from distillm_cli.errors import CheckpointError, StorageError
 from distillm_cli.teachers.cached import HiddenStateTable
 from distillm_cli.teachers.local import LanguageModel, LocalTeacher
+from distillm_cli.training.distributed import in_first_process
 from distillm_cli.training.events import Listener, Note, Progress, silent
 from distillm_cli.types import Sequence, collate
 from distillm_cli.utils.storage import atomic_directory, locked, storing, sweep
@@ -91,6 +92,7 @@ def cache_root(cache_dir: str | None) -> Path:
     return Path(os.environ.get("DISTILLM_CACHE") or Path.home() / ".cache" / "distillm").expanduser() / "teacher"
 
 
+@in_first_process
 def cached_date(root: Path, teacher: str, data: str) -> str | None:
     """Return the date in the prompts of the newest cache of a teacher and a data set; None if there is no cache.
 
