@@ -23,7 +23,7 @@ from distillm_cli.teachers import teacher_cache
 from distillm_cli.teachers.cached import BatchComposition, CachedTeacher, HiddenStateTable
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.teachers.teacher_cache import CacheKey
-from distillm_cli.training.distributed import world
+from distillm_cli.training.distributed import in_first_process
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Sequence, collate
 from distillm_cli.utils.memory import available_memory
@@ -212,6 +212,7 @@ def workload_of(run: Prepared) -> CacheWorkload:
     )
 
 
+@in_first_process
 def plan_cache(
     run: Prepared, workload: CacheWorkload, *, started_mode: str | None = None, rebuild: bool = False
 ) -> CachePlan:
@@ -235,7 +236,7 @@ def plan_cache(
         existing = _existing_on_disk(run, workload)
         if existing is not None:
             return existing
-        chosen, why = workload.choose(world().broadcast(available_memory))
+        chosen, why = workload.choose(available_memory())
         if chosen == "off":
             hint = f" (--teacher-cache disk would store them in {_root(run)})" if workload.anything_repeats else ""
             return CachePlan("off", f"{why}{hint}")
@@ -257,6 +258,7 @@ def _existing_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan | Non
     return _planned_on_disk(run, disk, workload) if disk.exists else None
 
 
+@in_first_process
 def _disk_cache(run: Prepared, workload: CacheWorkload) -> DiskCache:
     """Return the cache on disk of this teacher and these rows. Raises UsageError where the run trains on no rows."""
     check_rows(run.recipe)
