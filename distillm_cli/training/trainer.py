@@ -245,8 +245,7 @@ class Trainer:
         The norm of the teacher's side, if it is trained, is another one, so that neither side limits the other.
         """
         parts = self.student_loss.trained_parts()
-        self.dist.sum_gradients(chain.from_iterable(parts))
-        self.dist.sum(total)
+        self.dist.sum_gradients(chain.from_iterable(parts), total)
         norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
         loss, *sizes = torch.stack((total, *norms)).tolist()  # the only synchronization with the device in a step
         for size in sizes:
