@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from distillm_cli.config.extras import HiddenConfig
 from distillm_cli.errors import UsageError
 from distillm_cli.extras.matched_blocks import MatchedBlocks, projections
-from distillm_cli.losses.extra import MicroRows, StudentPass
+from distillm_cli.losses.extra import MicroRows, StudentPass, step_sum
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.blocks import BlockOutputs, block_width, blocks_of
 from distillm_cli.utils.text import counted
@@ -69,7 +69,8 @@ class HiddenStates(MatchedBlocks):
 
     def figures(self) -> dict[str, float]:
         """Return the mean distance of the step, before the weight."""
-        return {"hidden": float(torch.stack(self._distances).sum())}
+        distance = step_sum(self._distances)
+        return {} if distance is None else {"hidden": distance}
 
     def release(self) -> None:
         super().release()

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from distillm_cli.config.derived import sft_stage_recipe
@@ -15,6 +16,7 @@ from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.extras import check_extras
+from distillm_cli.models.devices import dtype_name
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
@@ -63,6 +65,7 @@ from distillm_cli.runs.stages import (
 )
 from distillm_cli.runs.start import TrainOptions
 from distillm_cli.training.checkpoint import Checkpoint, read_checkpoint, visible
+from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.training.state import TrainerState
 from distillm_cli.training.trainer import Trainer
@@ -156,11 +159,13 @@ def train(
     try:
         checkpoints = read_checkpoints(resolved, stages, output, options)
         run = prepare(resolved.recipe, listener, prefetcher)
+        if world().size > 1:
+            world().check_same({**run.inputs, "precision": dtype_name(run.dtype), "device": run.device.type})
         resolved = with_resolved_values(resolved, run.resolved_values)
         _check_resumable(run, checkpoints, listener)
         check_can_generate(run)
         check_extras(run.recipe, run.pair)
-        findings = [] if options.resume else preflight(run, output)
+        findings = [] if options.resume else world().broadcast(partial(preflight, run, output))
         report_findings(findings, listener)
         check_strict(findings, strict=options.strict)
         teacher = _open_teacher(run, checkpoints.run, options, listener)
@@ -390,5 +395,5 @@ def _result(
         summary=summary,
         findings=tuple(finding.as_json() for finding in training.findings),
         teacher_cache=None if teacher is None else teacher.facts(),
-        teacher_tokens=None if teacher is None else teacher.teacher.tokens,
+        teacher_tokens=None if teacher is None else teacher.teacher.total_tokens(),
     )
