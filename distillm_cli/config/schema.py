@@ -321,6 +321,14 @@ class DataConfig(Section):
         "sequences are mixed (MixKD). The mixtures are trained on beside the plain sequences. 0: off.",
     )
     workers: Count = Field(0, description="Number of tokenizing processes. Does not change results.")
+    store: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Store of the training rows and their token ids on disk, which later runs map instead of reading the "
+        "rows again. Does not change results. auto: for local files of 256 MB or more, unless data.limit is set.",
+    )
+    store_dir: Name | None = Field(
+        None, description="Directory of the stored rows. Unset: rows/ in $DISTILLM_CACHE, else in ~/.cache/distillm."
+    )
 
     @model_validator(mode="after")
     def _check_date(self) -> DataConfig:

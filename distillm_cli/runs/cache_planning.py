@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from distillm_cli.teachers.cached import BatchComposition, CachedTeacher, Hidden
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.teachers.teacher_cache import CacheKey
 from distillm_cli.training.events import Listener, Note, Warned
-from distillm_cli.types import Sequence, collate
+from distillm_cli.types import Sequence, collate, rows_digest
 from distillm_cli.utils.memory import available_memory
 from distillm_cli.utils.text import counted, format_count
 
@@ -113,7 +114,7 @@ def open_teacher(
         order = new_order(run.recipe, run.train)  # not the run's: an order has the state of one epoch
         rows = HiddenStateTable(run.train.sequences)
         composition = BatchComposition(
-            lambda step: [run.train.sequences[i] for i in order.batch(step)],
+            order.batch,
             steps=order.steps_per_epoch,
             rows=run.train.sequences,
             max_rows=run.recipe.train.batch_size,
@@ -204,7 +205,7 @@ def workload_of(run: Prepared) -> CacheWorkload:
         row_tokens=run.train.tokens,
         steps=run.steps,
         steps_per_epoch=run.order.steps_per_epoch,
-        validation_tokens=sum(s.supervised for s in run.valid.sequences),
+        validation_tokens=run.valid.tokens,
         sample_tokens=sample_tokens,
     )
 
@@ -247,7 +248,7 @@ def _existing_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan | Non
     if not (uses_rows(run.recipe) and root.is_dir()):
         return None
     # Computing the teacher's digest reads its weights: compare the rows' digest first, which is in the name.
-    is_named = any(root.glob(f"*-{teacher_cache.rows_digest(run.train.sequences)[:16]}"))
+    is_named = any(root.glob(f"*-{rows_digest(run.train.sequences)[:16]}"))
     if not is_named and not (root / teacher_cache.METADATA).exists():
         return None
     disk = _disk_cache(run, workload)
@@ -258,7 +259,7 @@ def _disk_cache(run: Prepared, workload: CacheWorkload) -> DiskCache:
     """Return the cache on disk of this teacher and these rows. Raises UsageError where the run trains on no rows."""
     check_rows(run.recipe)
     teacher_digest = teacher_cache.teacher_digest(run.teacher, _config_json(run.teacher))
-    key = CacheKey(teacher_digest, teacher_cache.rows_digest(run.train.sequences))
+    key = CacheKey(teacher_digest, rows_digest(run.train.sequences))
     place = teacher_cache.cache_directory(_root(run), key)
     return DiskCache(place, key, exists=place.exists(), size=workload.size("disk").rows)
 
@@ -306,11 +307,11 @@ def _root(run: Prepared) -> Path:
     return teacher_cache.cache_root(run.recipe.teacher.cache_dir)
 
 
-def _validation_rows(run: Prepared) -> list[Sequence]:
+def _validation_rows(run: Prepared) -> SequenceOf[Sequence]:
     """Return the validation rows whose states are cached: all if a divergence is measured on them, else none."""
     recipe = run.recipe
     is_measured = recipe.train.select == "valid_divergence" or bool(recipe.schedule.measures)
-    return run.valid.sequences if is_measured else []
+    return run.valid.sequences if is_measured else ()
 
 
 def _bytes_per_token(run: Prepared) -> int:

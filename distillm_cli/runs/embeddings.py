@@ -72,14 +72,13 @@ from distillm_cli.runs.resume import (
 from distillm_cli.runs.run_results import FineTuned, Outcome, PlanResult, TrainResult, TrainSummary
 from distillm_cli.runs.start import TrainOptions
 from distillm_cli.runs.train import interrupted, report_checkpoints
-from distillm_cli.teachers.teacher_cache import rows_digest
 from distillm_cli.training.checkpoint import Checkpoint, Checkpoints, read_checkpoint
 from distillm_cli.training.events import Event, Listener, Note, Warned, silent
 from distillm_cli.training.metrics_log import MetricsLog
 from distillm_cli.training.state import RunInfo, TrainerState
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.training.validation import Validator
-from distillm_cli.types import Sequence, pass_overhead
+from distillm_cli.types import Sequence, pass_overhead, rows_digest
 from distillm_cli.utils.memory import keep_freed_memory, resume_garbage_collection
 from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.signals import received_signal

@@ -23,6 +23,7 @@ from distillm_cli.data.sources import Rows, overlap
 from distillm_cli.data.teacher_samples import encode_teacher_samples, read_teacher_samples
 from distillm_cli.data.templates import Renderer, resolve_auto_template
 from distillm_cli.data.token_ids import Affixes
+from distillm_cli.data.token_store import open_tokens
 from distillm_cli.errors import DataError, ModelError
 from distillm_cli.models import router
 from distillm_cli.models.chat_format import add_stop_tokens, generation_config
@@ -32,9 +33,9 @@ from distillm_cli.models.model_families import longrope_bound
 from distillm_cli.models.shared import save_plain
 from distillm_cli.models.tokenizer_files import TokenizerCache, quiet
 from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
-from distillm_cli.teachers.teacher_cache import cache_root, cached_date, rows_digest
+from distillm_cli.teachers.teacher_cache import cache_root, cached_date
 from distillm_cli.training.events import Listener, Note, Warned
-from distillm_cli.types import Rollout, Sequence, collate, pass_overhead
+from distillm_cli.types import Rollout, Sequence, collate, pass_overhead, rows_digest
 from distillm_cli.utils.memory import resume_garbage_collection, return_freed_memory
 from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.text import counted
@@ -230,7 +231,10 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
     _warn_of_longrope(pair, min(longest, context or longest), listener)
     train_ids = partial(prefetcher.take, "train", pair.tokenizer)
     valid_ids = partial(prefetcher.take, "valid", pair.tokenizer)
-    train = tokenize(train_rows, encoder, data, listener, context, train_ids)
+    if train_rows.are_stored:
+        train = open_tokens(train_rows, encoder, listener, context)
+    else:
+        train = tokenize(train_rows, encoder, data, listener, context, train_ids)
     valid = tokenize(valid_rows, encoder, data, listener, context, valid_ids)
     prefetcher.close()
     for model in pair.models.values():
@@ -331,19 +335,19 @@ def _encoder(
     if "data.date" in chosen and (chat is None or not chat.uses_date):
         del chosen["data.date"]
         data = data.model_copy(update={"date": None})
-    set_stop_tokens(pair, encoder, any(encoder.renderer.form(row) == "chat" for row in rows), listener)
+    set_stop_tokens(pair, encoder, any(encoder.renderer.form(row) == "chat" for row in rows.kinds), listener)
     return data, encoder, chosen
 
 
 def _chosen_template(data: DataConfig, pair: Pair, rows: Rows, listener: Listener) -> tuple[str, str] | None:
     """Return the template for rows and its origin if it is not set in the recipe; else None."""
     both_chat = all(template is not None for template in pair.templates.values())
-    selected = resolve_auto_template(rows, both_chat) if data.template == "auto" else None
+    selected = resolve_auto_template(rows.kinds, both_chat) if data.template == "auto" else None
     if selected is None:
         return None
     template, why = selected
     other = {"chat": "alpaca", "alpaca": "chat"}.get(template)
-    has_choice = other is not None and both_chat and any(row.messages is None for row in rows)
+    has_choice = other is not None and both_chat and any(row.messages is None for row in rows.kinds)
     choice = f"; --set data.template={other} selects the other one" if has_choice else ""
     listener(Note(f"template {template}: {why}{choice}"))
     return template, f"auto: {why}"

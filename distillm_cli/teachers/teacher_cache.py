@@ -22,6 +22,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from distillm_cli.errors import CheckpointError, StorageError
 from distillm_cli.teachers.cached import HiddenStateTable
 from distillm_cli.teachers.local import LanguageModel, LocalTeacher
 from distillm_cli.training.events import Listener, Note, Progress, silent
-from distillm_cli.types import Sequence, collate
+from distillm_cli.types import Sequence, collate, lengths_of, supervised_of
 from distillm_cli.utils.storage import atomic_directory, locked, storing, sweep
 
 CACHE_FORMAT = 2
@@ -53,17 +54,6 @@ class CacheKey:
     def name(self) -> str:
         """Return the name of the cache's directory."""
         return f"{self.teacher[:16]}-{self.rows[:16]}"
-
-
-def rows_digest(sequences: SequenceOf[Sequence]) -> str:
-    """Return the SHA-256 of every token of every row. It depends on tokenizer, template, rows, order and lengths."""
-    digest = hashlib.sha256(b"rows")
-    for s in sequences:
-        digest.update(f"{len(s.prompt)} {len(s.response)} ".encode())
-        digest.update(s.prompt.tobytes() + s.response.tobytes())
-        if s.turns is not None:
-            digest.update(b"turns" + s.turns.tobytes())
-    return digest.hexdigest()
 
 
 class StatefulModel(LanguageModel, Protocol):
@@ -179,7 +169,7 @@ def read_cache(
         size = tokens * width * dtype.itemsize
         if (found := (directory / STATES).stat().st_size) != size:
             raise ValueError(f"{STATES} has {found:,} bytes instead of {size:,}")
-        if tokens != sum(s.supervised for s in sequences):
+        if tokens != supervised_of(sequences).sum():
             raise ValueError(f"{tokens:,} tokens do not match the rows")
         if _sha256_of(directory / STATES, listener) != metadata["sha256"]:
             raise ValueError(f"{STATES} differs from its SHA-256")
@@ -236,7 +226,7 @@ def _write_files(
         "format": CACHE_FORMAT,
         "teacher": key.teacher,
         "rows": key.rows,
-        "tokens": sum(s.supervised for s in sequences),
+        "tokens": int(supervised_of(sequences).sum()),
         "width": width,
         "dtype": str(dtype).removeprefix("torch."),
         "sha256": _sha256_of(staged / STATES),
@@ -256,16 +246,16 @@ def _compute(
     listener: Listener,
 ) -> tuple[int, torch.dtype]:
     """Write the states of all rows to ``file``, computing the longest first in large batches; return width and dtype."""
-    ends = torch.tensor([s.supervised for s in sequences]).cumsum(0).tolist()
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
+    ends = np.cumsum(supervised_of(sequences))
+    order = np.argsort(-lengths_of(sequences), kind="stable")
     position = 0
     hidden_ND: Tensor | None = None
     while position < len(order):
-        picks = order[position : position + max(1, _BATCH_TOKENS // len(sequences[order[position]]))]
+        picks = order[position : position + max(1, _BATCH_TOKENS // len(sequences[int(order[position])]))].tolist()
         group = [sequences[i] for i in picks]
         hidden_ND = teacher.hidden(collate(group).to(device), group).cpu()
         for part, i in zip(hidden_ND.split([s.supervised for s in group]), picks, strict=True):
-            offset = (ends[i] - part.shape[0]) * part.shape[1] * part.element_size()
+            offset = (int(ends[i]) - part.shape[0]) * part.shape[1] * part.element_size()
             _write_at(file, offset, _raw(part.contiguous()))
         position += len(picks)
         listener(Progress("teacher states", position, len(order), "rows"))
