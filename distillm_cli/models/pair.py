@@ -29,6 +29,7 @@ from distillm_cli.models.layers import build_from_layers, check_can_copy
 from distillm_cli.models.loading import check_causal, load_backbone, load_config
 from distillm_cli.models.lora_targets import frozen_parts
 from distillm_cli.models.model_paths import adapter_chain, locate_model, portable_name
+from distillm_cli.models.placement import PlacedTeacher, dispatch_arguments
 from distillm_cli.models.students import (
     adopt_special_tokens,
     build_from_config,
@@ -170,18 +171,18 @@ def _load_teacher(
     device: torch.device,
     listener: Listener = silent,
     tokenizers: TokenizerCache | None = None,
-    *,
-    quantize: bool = True,
 ) -> Backbone:
     """Load the recipe's teacher: frozen, or in float32 and with the student's dropout if all of its weights are trained."""
     teacher = recipe.teacher
+    in_host_memory = teacher.offload or teacher.device_map == "cpu"
     model = load_backbone(
         teacher.path,
-        dtype=resolve_dtype(recipe.teacher_dtype, device),
-        device=device,
+        dtype=resolve_dtype(recipe.teacher_dtype, torch.device("cpu") if teacher.device_map == "cpu" else device),
+        device=torch.device("cpu") if in_host_memory else device,
         revision=teacher.revision,
         dropout=recipe.student.dropout if recipe.ctcd.enabled else None,
-        quantize=teacher.quantize if quantize else "none",
+        quantize=teacher.quantize,
+        dispatch=dispatch_arguments(teacher, device),
         tokenizers=tokenizers,
         listener=listener,
     )
@@ -189,6 +190,8 @@ def _load_teacher(
         freeze_rest(model.model)
     else:
         model.requires_grad_(False)
+    if teacher.offload or teacher.device_map != "none":
+        return PlacedTeacher(model, device, is_offloaded=teacher.offload)
     return model
 
 
@@ -237,7 +240,8 @@ def _load_origin(recipe: schema.Recipe, listener: Listener = silent) -> Backbone
     """Load the model that a student is built from, if it is not the loaded teacher; None for a student that is loaded."""
     if recipe.teacher.path is None or not recipe.student.is_built:
         return None
-    return _load_teacher(recipe, torch.device("cpu"), listener, quantize=False)
+    teacher = recipe.teacher.model_copy(update={"quantize": "none", "device_map": "none", "offload": False})
+    return _load_teacher(recipe.model_copy(update={"teacher": teacher}), torch.device("cpu"), listener)
 
 
 def _share_tokens(teacher: Backbone, student: Backbone) -> None:

@@ -132,7 +132,7 @@ def open_teacher(
         validation=HiddenStateTable(validation) if validation else None,
         # Quantized weights are not plain tensors that could be released one by one.
         releases_model=rows is not None
-        and not (samples or model.is_quantized or run.recipe.runs_teacher_on_embeddings),
+        and not (samples or model.is_quantized or model.is_dispatched or run.recipe.runs_teacher_on_embeddings),
     )
     teacher.tokens = computed_tokens
     return TeacherHandle(teacher, cache_plan, hit)
@@ -280,17 +280,18 @@ def _read_or_compute(
         names = {"teacher": str(run.recipe.teacher.path), "data": run.train_rows.name}
         if run.recipe.data.date is not None:
             names["date"] = run.recipe.data.date
-        is_new = teacher_cache.write_cache(
-            disk.place,
-            disk.key,
-            teacher,
-            sequences,
-            run.device,
-            listener,
-            of=names,
-            size=disk.size,
-            rebuild=rebuild,
-        )
+        with run.teacher.on_device():
+            is_new = teacher_cache.write_cache(
+                disk.place,
+                disk.key,
+                teacher,
+                sequences,
+                run.device,
+                listener,
+                of=names,
+                size=disk.size,
+                rebuild=rebuild,
+            )
     table = teacher_cache.read_cache(disk.place, disk.key, sequences, listener)
     return table, not is_new, teacher.tokens
 

@@ -142,7 +142,7 @@ class Workload:
 
 
 def memory(run: Workload) -> dict[str, int]:
-    """Return the bytes of each part. Weights, gradients and optimizer are counted exactly (AdamW: two float32 moments).
+    """Return the bytes of each part. Weights, gradients and optimizer are counted exactly (``_optimizer_bytes``).
 
     Activations: of one micro-batch of the longest rows, 34 values per position, layer and unit of width (saved tensors of
     GPT-2, OPT, Llama and Qwen 3, without attention scores, are 19 to 36). With gradient checkpointing 2, and 34 for the one
@@ -173,7 +173,7 @@ def memory(run: Workload) -> dict[str, int]:
     parts = {
         "student_weights": 4 * total,
         "gradients": 4 * trainable,
-        "optimizer": 8 * trainable,
+        "optimizer": _optimizer_bytes(run, student),
         "cast_weights": (student.matrices - student.repeated) * run.itemsize if run.itemsize < 4 else 0,
         "activations": round(_activation_passes(run) * _activation_bytes(run, student, run.itemsize, longest)),
         "loss": work_bytes(positions, run.vocab, run.itemsize, run.device) + _head_gradient_bytes(run, student),
@@ -212,13 +212,29 @@ def memory(run: Workload) -> dict[str, int]:
     return {name: size for name, size in parts.items() if size}
 
 
+def _optimizer_bytes(run: Workload, model: Sizes) -> int:
+    """Return the bytes of the optimizer's state, in float32 unless it has 8 bits.
+
+    AdamW has two moments of each parameter. bitsandbytes has 8-bit moments and a float32 scale for each 256 of them.
+    Adafactor has a row and a column for each matrix.
+    """
+    trainable = model.parameters["trainable"]
+    match run.recipe.train.optimizer:
+        case "adafactor":
+            return 4 * model.factored
+        case "adamw_8bit" | "paged_adamw_8bit":
+            return 2 * (trainable + 4 * trainable // 256)
+        case _:
+            return 8 * trainable
+
+
 def _trained_teacher_bytes(run: Workload, teacher: Sizes, longest: int) -> dict[str, int]:
     """Return the bytes that a teacher needs, besides its weights, because it is trained: an adapter in it, or all of it."""
     trainable = teacher.parameters["trainable"]
     itemsize = run.trained_teacher_itemsize
     return {
         "teacher_gradients": 4 * trainable,
-        "teacher_optimizer": 8 * trainable,
+        "teacher_optimizer": _optimizer_bytes(run, teacher),
         "teacher_cast_weights": teacher.matrices * itemsize if itemsize < run.teacher_itemsize else 0,
         "teacher_activations": _activation_bytes(run, teacher, itemsize, longest),
     }
@@ -434,7 +450,8 @@ def _training_work_of(run: Workload, model: Sizes, response: float, itemsize: in
     """Return the work of training a model on a step's sequences: forward and backward pass, and the optimizer's update.
 
     Gradients of the activations cost as much as the forward pass, and so do those of the weights, for the share that is
-    trained. Gradient checkpointing adds one more forward pass. The optimizer reads and writes 28 bytes per parameter.
+    trained. Gradient checkpointing adds one more forward pass. The optimizer reads gradients, and reads and writes weights
+    and moments: 28 bytes per parameter with AdamW, 16 with 8-bit moments or Adafactor.
     """
     recomputes = run.recomputes(model)
     forward = forward_flops(model, run.sequences, run.lengths.prompt, response, 0, run.vocab)
@@ -446,7 +463,8 @@ def _training_work_of(run: Workload, model: Sizes, response: float, itemsize: in
         launch_s=_micro_batches(run) * model.all_layers * launch_s,
         itemsize=itemsize,
     )
-    return both_passes, Part(traffic=28 * model.parameters["trainable"])
+    per_parameter = 28 if run.recipe.train.optimizer == "adamw" else 16
+    return both_passes, Part(traffic=per_parameter * model.parameters["trainable"])
 
 
 def _log_prob_work(run: Workload, response: float) -> Work:
