@@ -634,6 +634,15 @@ class Recipe(Section):
         return self.method != "sft" and (mixes or self.objective.input_gradient > 0)
 
     @property
+    def may_read_all_states(self) -> bool:
+        """Return whether all of the teacher's states for training may come from a cache on disk."""
+        is_cached = self.teacher.cache in ("auto", "disk") and self.schedule.uses_rows
+        samples = self.schedule.uses_student_outputs or self.schedule.uses_teacher_samples
+        copies = student_spec.copies_layers(self.student.path)
+        changes = self.teacher_trainer is not None or self.teacher.quantize != "none"
+        return is_cached and not (samples or copies or changes or self.runs_teacher_on_embeddings)
+
+    @property
     def decodes_with_teacher(self) -> bool:
         """Return whether the teacher decodes with the student: it accepts or replaces drafts, or is part of a mixture."""
         return self.schedule.drafts or self.samples_from_mixture

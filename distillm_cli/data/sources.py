@@ -19,9 +19,10 @@ from distillm_cli.data.formats import readable_columns
 from distillm_cli.data.locations import DataSource, find_source, is_path, local_path, path_kind, user_path
 from distillm_cli.data.row_store import StoredRows, kinds_of, map_rows, pick, prompt_keys, write_rows
 from distillm_cli.data.rows import BadRow, Row, Split, read_row
-from distillm_cli.data.store import fingerprint, key_of, open_or_make, store_root
+from distillm_cli.data.store import fingerprint, key_of, open_or_make
 from distillm_cli.errors import DataError, StorageError
 from distillm_cli.training.events import Listener, Note, Warned, silent
+from distillm_cli.utils.storage import cache_root
 from distillm_cli.utils.text import all_are, counted, listed_shares
 
 __all__ = ["Row", "Rows", "Split", "is_path", "load_rows", "local_path", "overlap", "path_kind", "user_path"]
@@ -333,7 +334,7 @@ class TrainingStore:
 
     def rows(self, source: DataSource, key: list[Any], read: Callable[..., Rows], listener: Listener) -> Rows:
         """Return the rows of a source's training files from their store."""
-        root = store_root(self._data.store_dir)
+        root = cache_root("rows", self._data.store_dir)
         what = f"rows of {source.name}"
         found = key_of("rows", fingerprint(source.files["train"]), key)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -51,13 +50,6 @@ def mapped(path: Path, dtype: Any) -> np.ndarray:
     if not path.stat().st_size:  # an empty file cannot be mapped
         return np.empty(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
-
-
-def store_root(store_dir: str | None) -> Path:
-    """Return the directory of all stores: ``data.store_dir``, else the user's."""
-    if store_dir is not None:
-        return Path(store_dir).expanduser()
-    return Path(os.environ.get("DISTILLM_CACHE") or Path.home() / ".cache" / "distillm").expanduser() / "rows"
 
 
 def key_of(*parts: object) -> str:

@@ -14,9 +14,10 @@ from distillm_cli.data.batching import Examples, tokenize_into
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.row_store import StoredRows
 from distillm_cli.data.sources import Rows
-from distillm_cli.data.store import fingerprint, key_of, mapped, open_or_make, sha256_of, store_root
+from distillm_cli.data.store import fingerprint, key_of, mapped, open_or_make, sha256_of
 from distillm_cli.training.events import Event, Listener, Note, Warned
 from distillm_cli.types import PackedSequences, SequencePacker
+from distillm_cli.utils.storage import cache_root
 from distillm_cli.utils.text import counted
 
 _IDS = "ids.bin"  # int32: prompt and response of each sequence
@@ -55,7 +56,7 @@ def open_tokens(rows: Rows, encoder: Encoder, listener: Listener, context: int |
         facts["end_ids"] = sorted(facts["end_ids"])
         return {"digest": packer.digest, "events": events, "examples": facts}
 
-    root = store_root(encoder.data.store_dir)
+    root = cache_root("rows", encoder.data.store_dir)
     store = open_or_make(root, "tokens", key, make, listener, what=f"token ids of {counted(len(rows), 'row')}")
     for kind, text in store.facts["events"]:
         listener(_EVENTS[kind](text))

@@ -280,12 +280,18 @@ class Backbone(nn.Module):
 
     def head(self) -> Head:
         """Return the map from `hidden` to logits. Its tensors are views of the parameters, cut to `vocab` rows."""
+        head = self.full_head()
+        if head.weight_VD is None or head.weight_VD.shape[0] <= self.vocab:
+            return head
+        bias_V = None if head.bias_V is None else head.bias_V[: self.vocab]
+        return replace(head, weight_VD=head.weight_VD[: self.vocab], bias_V=bias_V)
+
+    def full_head(self) -> Head:
+        """Return `head` with every row of the model's matrix."""
         if self.own_logits:
             return Head(None)
-        weight, bias = _head_weight(self.model), getattr(self.model.get_output_embeddings(), "bias", None)
-        if weight.shape[0] > self.vocab:
-            weight, bias = weight[: self.vocab], None if bias is None else bias[: self.vocab]
-        return Head(weight, bias, self.head_scale, self.head_softcap)
+        bias = getattr(self.model.get_output_embeddings(), "bias", None)
+        return Head(_head_weight(self.model), bias, self.head_scale, self.head_softcap)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Return float32 logits [N, vocab], computed by the model's own forward at every position."""

@@ -51,7 +51,9 @@ from distillm_cli.models.trained_tokenizers import (
     load_or_train_tokenizer,
     lost_features,
 )
+from distillm_cli.models.unloaded import UnloadedTeacher, find_record, load_unloaded
 from distillm_cli.training.events import Listener, Note, Warned, silent
+from distillm_cli.utils.storage import cache_root
 from distillm_cli.utils.text import counted
 
 if TYPE_CHECKING:
@@ -119,7 +121,9 @@ def load_pair(
             tokenizer = _student_tokenizer(recipe.student, texts, tokenizers)
             teacher = _build_teacher(recipe, tokenizer, device)
         else:
-            teacher = _load_teacher(recipe, device, listener, tokenizers)
+            teacher = _load_head(recipe, device, listener, tokenizers) or _load_teacher(
+                recipe, device, listener, tokenizers
+            )
     student = create_student(
         recipe.student,
         seed=recipe.train.seed,
@@ -177,7 +181,7 @@ def _load_teacher(
     in_host_memory = teacher.offload or teacher.device_map == "cpu"
     model = load_backbone(
         teacher.path,
-        dtype=resolve_dtype(recipe.teacher_dtype, torch.device("cpu") if teacher.device_map == "cpu" else device),
+        dtype=_teacher_dtype(recipe, device),
         device=torch.device("cpu") if in_host_memory else device,
         revision=teacher.revision,
         dropout=recipe.student.dropout if recipe.ctcd.enabled else None,
@@ -193,6 +197,28 @@ def _load_teacher(
     if teacher.offload or teacher.device_map != "none":
         return PlacedTeacher(model, device, is_offloaded=teacher.offload)
     return model
+
+
+def _teacher_dtype(recipe: schema.Recipe, device: torch.device) -> torch.dtype:
+    """Return the dtype of the teacher's weights, for the device that it computes on."""
+    return resolve_dtype(recipe.teacher_dtype, torch.device("cpu") if recipe.teacher.device_map == "cpu" else device)
+
+
+def _load_head(
+    recipe: schema.Recipe, device: torch.device, listener: Listener, tokenizers: TokenizerCache
+) -> UnloadedTeacher | None:
+    """Load the teacher's head alone, for a run that may read all states from a cache; None if it needs the model."""
+    teacher = recipe.teacher
+    if not recipe.may_read_all_states or teacher.revision is not None:
+        return None
+    dtype = _teacher_dtype(recipe, device)
+    record = find_record(cache_root("teacher", teacher.cache_dir), teacher.path, dtype)
+    if record is None:
+        return None
+    tokenizer = tokenizers.load(teacher.path, None)
+    return load_unloaded(
+        teacher.path, record, tokenizer, dtype, device, lambda: _load_teacher(recipe, device, listener, tokenizers)
+    )
 
 
 def _build_teacher(recipe: schema.Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Backbone:

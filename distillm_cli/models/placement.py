@@ -111,12 +111,8 @@ class PlacedTeacher(Backbone):
         with self.on_device():
             return super().logits(self._placed(batch)).to(self._device)
 
-    def head(self) -> Head:
-        if self.own_logits or self._head is None or self._head.weight_VD is None:
-            return Head(None)
-        bias_V = self._head.bias_V
-        bias_V = None if bias_V is None else bias_V[: self.vocab]
-        return replace(self._head, weight_VD=self._head.weight_VD[: self.vocab], bias_V=bias_V)
+    def full_head(self) -> Head:
+        return Head(None) if self.own_logits or self._head is None else self._head
 
     def state_dict(self, *args: Any, **keywords: Any) -> Mapping[str, Tensor]:  # type: ignore[override]
         """Return the weights by name. Those of other memory are read one by one, with ``items``."""

@@ -14,6 +14,7 @@ from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.errors import Interrupted, UsageError, signal_number
+from distillm_cli.models.unloaded import UnloadedTeacher, write_record
 from distillm_cli.runs.build import new_scheduler
 from distillm_cli.runs.cache_size import CacheSize, CacheWorkload, uses_rows
 from distillm_cli.runs.prepare import Prepared, new_order, prepare
@@ -25,6 +26,7 @@ from distillm_cli.teachers.teacher_cache import CacheKey
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Sequence, collate, rows_digest
 from distillm_cli.utils.memory import available_memory
+from distillm_cli.utils.storage import cache_root
 from distillm_cli.utils.text import counted, format_count
 
 if TYPE_CHECKING:
@@ -258,10 +260,19 @@ def _existing_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan | Non
 def _disk_cache(run: Prepared, workload: CacheWorkload) -> DiskCache:
     """Return the cache on disk of this teacher and these rows. Raises UsageError where the run trains on no rows."""
     check_rows(run.recipe)
-    teacher_digest = teacher_cache.teacher_digest(run.teacher, _config_json(run.teacher))
-    key = CacheKey(teacher_digest, rows_digest(run.train.sequences))
+    key = CacheKey(_teacher_digest(run.teacher), rows_digest(run.train.sequences))
     place = teacher_cache.cache_directory(_root(run), key)
     return DiskCache(place, key, exists=place.exists(), size=workload.size("disk").rows)
+
+
+def _teacher_digest(teacher: Backbone) -> str:
+    """Return the teacher's digest: the recorded one if only its head is loaded."""
+    if isinstance(teacher, UnloadedTeacher):
+        recorded = teacher.record.digests.get(str(teacher.vocab))
+        if recorded is not None:
+            return recorded
+        teacher = teacher.whole
+    return teacher_cache.teacher_digest(teacher, _config_json(teacher))
 
 
 def _planned_on_disk(run: Prepared, disk: DiskCache, workload: CacheWorkload) -> CachePlan:
@@ -293,6 +304,9 @@ def _read_or_compute(
                 rebuild=rebuild,
             )
     table = teacher_cache.read_cache(disk.place, disk.key, sequences, listener)
+    if disk.place != _root(run) and not isinstance(run.teacher, UnloadedTeacher):
+        path = str(run.recipe.teacher.path)
+        write_record(_root(run), path, run.teacher, disk.key.teacher, _bytes_per_token(run))
     return table, not is_new, teacher.tokens
 
 
@@ -305,7 +319,7 @@ def disk_free(place: Path) -> int | None:
 
 
 def _root(run: Prepared) -> Path:
-    return teacher_cache.cache_root(run.recipe.teacher.cache_dir)
+    return cache_root("teacher", run.recipe.teacher.cache_dir)
 
 
 def _validation_rows(run: Prepared) -> SequenceOf[Sequence]:
@@ -317,6 +331,8 @@ def _validation_rows(run: Prepared) -> SequenceOf[Sequence]:
 
 def _bytes_per_token(run: Prepared) -> int:
     """Return the bytes of one token's state, measured: for some models it is the logits, in a dtype of their own."""
+    if isinstance(run.teacher, UnloadedTeacher):
+        return run.teacher.record.state_bytes
     token = run.train.sequences[0].prompt[:1]  # a row may have no response
     sequence = Sequence(token, token)
     hidden_ND = LocalTeacher(run.teacher).hidden(collate([sequence]).to(run.device), [sequence])

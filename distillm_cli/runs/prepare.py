@@ -35,12 +35,13 @@ from distillm_cli.models.placement import check_offload
 from distillm_cli.models.shared import save_plain
 from distillm_cli.models.tokenizer_files import TokenizerCache, quiet
 from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
-from distillm_cli.teachers.teacher_cache import cache_root, cached_date
+from distillm_cli.teachers.teacher_cache import cached_date
 from distillm_cli.training.events import Listener, Note, Warned
-from distillm_cli.training.optimizer import check_optimizer
 from distillm_cli.types import Rollout, Sequence, collate, pass_overhead, rows_digest
 from distillm_cli.utils.memory import resume_garbage_collection, return_freed_memory
 from distillm_cli.utils.modules import weights_fingerprint
+from distillm_cli.utils.optimizers import check_optimizer
+from distillm_cli.utils.storage import cache_root
 from distillm_cli.utils.text import counted
 from distillm_cli.utils.threads import set_threads
 
@@ -350,7 +351,7 @@ def _chosen_template(data: DataConfig, pair: Pair, rows: Rows, listener: Listene
 def _chosen_date(recipe: Recipe, data: str) -> tuple[str, str]:
     """Return the date for chat templates and its origin, if it is not set in the recipe."""
     if recipe.method != "sft" and recipe.teacher.cache in ("disk", "auto"):
-        cache_date = cached_date(cache_root(recipe.teacher.cache_dir), str(recipe.teacher.path), data)
+        cache_date = cached_date(cache_root("teacher", recipe.teacher.cache_dir), str(recipe.teacher.path), data)
         if cache_date is not None:
             return cache_date, "the teacher cache"
     return date.today().isoformat(), "start of the run"

@@ -74,13 +74,6 @@ def teacher_digest(model: StatefulModel, config: str) -> str:
     return digest.hexdigest()
 
 
-def cache_root(cache_dir: str | None) -> Path:
-    """Return the directory of all caches: ``teacher.cache_dir``, else the user's."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    return Path(os.environ.get("DISTILLM_CACHE") or Path.home() / ".cache" / "distillm").expanduser() / "teacher"
-
-
 def cached_date(root: Path, teacher: str, data: str) -> str | None:
     """Return the date in the prompts of the newest cache of a teacher and a data set; None if there is no cache.
 

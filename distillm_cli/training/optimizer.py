@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -11,38 +10,18 @@ import torch
 from torch import nn
 
 from distillm_cli.config.schema import TrainConfig, chosen
-from distillm_cli.errors import UsageError
 from distillm_cli.losses.extra import Extra
+from distillm_cli.utils.optimizers import EIGHT_BIT, adafactor, eight_bit_adamw
 
-_EIGHT_BIT = ("adamw_8bit", "paged_adamw_8bit")
 # State that has the shape of its parameter: of AdamW, of Adafactor's vectors, and of bitsandbytes.
 _OF_PARAMETER = ("exp_avg", "exp_avg_sq", "state1", "state2")
-
-
-def check_optimizer(name: str, device: torch.device) -> None:
-    """Raise UsageError for an optimizer of bitsandbytes without CUDA, or without bitsandbytes."""
-    if name not in _EIGHT_BIT:
-        return
-    if device.type != "cuda":
-        raise UsageError(
-            "usage.no_optimizer",
-            f"train.optimizer {name} needs CUDA, but the device is {device.type}",
-            hint="try --set train.optimizer=adafactor, whose state is as small on any device",
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError(
-            "usage.no_optimizer",
-            f"train.optimizer {name} needs bitsandbytes, which is not installed",
-            hint="pip install 'distillm[quant]', or try --set train.optimizer=adafactor",
-        )
 
 
 def build_optimizer(module: nn.Module, train: TrainConfig, extras: Iterable[Extra] = ()) -> torch.optim.Optimizer:
     """Return the optimizer of the trainable parameters, with weight decay on matrices only, not on biases and norm scales.
 
     An extra with another learning rate has groups of its own. ``lr_ratio`` of a group is a multiple of the student's
-    learning rate. torch's fused AdamW is used if devices and dtypes of all parameters support it. Adafactor (Shazeer and
-    Stern 2018, arXiv 1804.04235) is transformers', without relative steps: the learning rate means the same as in AdamW.
+    learning rate. AdamW's fused kernel is used if devices and dtypes of all parameters support it.
     """
     trainable = [p for p in module.parameters() if p.requires_grad]
     ratios = {id(p): extra.lr_ratio for extra in extras for p in extra.parameters()}
@@ -54,19 +33,12 @@ def build_optimizer(module: nn.Module, train: TrainConfig, extras: Iterable[Extr
         groups.append({"params": vectors, "weight_decay": 0.0, "lr_ratio": ratio})
     groups = [group for group in groups if group["params"]]
     lr = chosen(train.lr)
-    match train.optimizer:
-        case "adafactor":
-            from transformers import Adafactor  # slow to import
-
-            return Adafactor(groups, lr=lr, scale_parameter=False, relative_step=False)
-        case "adamw_8bit" | "paged_adamw_8bit":
-            from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
-
-            kind = AdamW8bit if train.optimizer == "adamw_8bit" else PagedAdamW8bit
-            return kind(groups, lr=lr, betas=train.betas)
-        case _:
-            fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu") for p in trainable)
-            return torch.optim.AdamW(groups, lr=lr, betas=train.betas, fused=fused)
+    if train.optimizer == "adafactor":
+        return adafactor(groups, lr)
+    if train.optimizer in EIGHT_BIT:
+        return eight_bit_adamw(groups, lr, train.betas, paged=train.optimizer == "paged_adamw_8bit")
+    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu") for p in trainable)
+    return torch.optim.AdamW(groups, lr=lr, betas=train.betas, fused=fused)
 
 
 def learning_rate(train: TrainConfig, step: int, steps: int) -> float:

@@ -10,11 +10,11 @@ from torch import nn
 from distillm_cli.config.schema import TrainConfig
 from distillm_cli.training.optimizer import (
     build_optimizer,
-    check_optimizer,
     learning_rate,
     load_optimizer_tensors,
     optimizer_tensors,
 )
+from distillm_cli.utils.optimizers import check_optimizer
 from tests.codes import raises_code
 
 
