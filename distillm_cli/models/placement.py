@@ -104,6 +104,8 @@ class PlacedTeacher(Backbone):
                 self.to("cpu")
 
     def hidden(self, batch: Batch, *, for_backward: bool = False) -> Tensor:
+        if self.is_dispatched and not (self.own_logits or self.is_encoder_decoder):
+            return self.trunk_states(batch).to(self._device)  # the passes of models/cpu read the weights themselves
         with self.on_device():
             return super().hidden(self._placed(batch)).to(self._device)
 

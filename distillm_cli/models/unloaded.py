@@ -82,8 +82,13 @@ class UnloadedTeacher(Backbone):
         return self._whole[0]
 
     @property
+    def is_whole(self) -> bool:
+        """Return whether the whole model has been loaded."""
+        return bool(self._whole)
+
+    @property
     def is_dispatched(self) -> bool:
-        return bool(self._whole) and self.whole.is_dispatched
+        return self.is_whole and self.whole.is_dispatched
 
     def fingerprint(self) -> str:
         return self.record.fingerprint
@@ -108,7 +113,7 @@ class UnloadedTeacher(Backbone):
         return self.whole.decode(prompts)
 
     def on_device(self) -> AbstractContextManager[None]:
-        return self.whole.on_device()
+        return self.whole.on_device()  # a caller is about to use it
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Backbone:
         self._whole.clear()  # released, or moved to another device: loaded again at the next use
