@@ -1,10 +1,10 @@
 """Measure how a run starts on many rows: seconds to the first step, and peak memory, with and without stored rows.
 
-    python benchmarks/data_scale.py --rows 1000000 --directory /tmp/scale [--against CHECKOUT]
+    python benchmarks/data_scale.py --rows 1000000 --directory /tmp/scale [--against CHECKOUT] [--only-stored]
 
 Writes that many rows of random words to a file in the directory, and starts `distillm sft` on it with a tiny model and a
 GPT-2 tokenizer: without a store, with a store that does not exist yet, and with the existing one. --against: also runs
-another checkout of this repository. Both are Linux only: memory is read from /proc. The directory is removed at the end.
+another checkout of this repository. Needs Linux: memory is read from /proc. The directory is removed at the end.
 """
 
 from __future__ import annotations
@@ -36,19 +36,23 @@ def write_rows(path: Path, rows: int) -> None:
 
 
 def measure(checkout: Path, arguments: list[str], output: Path, cache: Path) -> dict[str, float]:
-    """Run `distillm sft`; return the seconds to its first step and its peak memory, all of it and anonymous, in GB."""
+    """Run `distillm sft`; return the seconds to its first step (on the clock, of CPU) and its peak memory in GB.
+
+    RssAnon is the memory without mapped files, whose pages the system drops when memory is short.
+    """
     environment = os.environ | {"PYTHONPATH": str(checkout), "DISTILLM_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "distillm_cli", "sft", *arguments, "--output", str(output)]
     log = output.with_suffix(".log")
     started = time.perf_counter()
     with log.open("w") as file:
         process = subprocess.Popen(command, env=environment, cwd=checkout, stdout=file, stderr=file)
-    seconds = 0.0
+    seconds = cpu = 0.0
     peaks = {"VmHWM": 0, "RssAnon": 0}
     metrics = output / "metrics.jsonl"
     while process.poll() is None:
         if not seconds and metrics.is_file() and metrics.stat().st_size:
             seconds = time.perf_counter() - started
+            cpu = _cpu_seconds(process.pid)
         for line in _status(process.pid):
             name, _, value = line.partition(":")
             if name in peaks:
@@ -56,7 +60,7 @@ def measure(checkout: Path, arguments: list[str], output: Path, cache: Path) -> 
         time.sleep(POLL_S)
     if process.returncode:
         raise SystemExit(log.read_text())
-    return {"seconds": round(seconds, 1)} | {name: round(size * 1024 / 1e9, 2) for name, size in peaks.items()}
+    return {"seconds": seconds, "cpu": cpu} | {name: round(size * 1024 / 1e9, 2) for name, size in peaks.items()}
 
 
 def _status(pid: int) -> list[str]:
@@ -66,12 +70,18 @@ def _status(pid: int) -> list[str]:
         return []
 
 
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--tokenizer", default="gpt2", help="a tokenizer's directory or hub name")
     parser.add_argument("--against", type=Path)
+    parser.add_argument("--only-stored", action="store_true", help="leave out the run without a store")
     options = parser.parse_args()
     place = options.directory
     place.mkdir(parents=True)
@@ -79,17 +89,19 @@ def main() -> None:
         data = place / "rows.jsonl"
         write_rows(data, options.rows)
         size = data.stat().st_size / 1e6
-        print(f"{options.rows:,} rows, {size:,.0f} MB; seconds to the first step, peak memory in GB (anonymous)")
+        print(f"{options.rows:,} rows, {size:,.0f} MB; until the first step, and peak memory (without mapped files)")
         arguments = ["--model", "random:gpt2:1x64", "--tokenizer", options.tokenizer, "--data", str(data), *RUN]
         cases = [(str(options.against), options.against, [])] if options.against else []
+        if not options.only_stored:
+            cases.append(("store off", REPOSITORY, ["--set", "data.store=off"]))
         cases += [
-            ("store off", REPOSITORY, ["--set", "data.store=off"]),
             ("store on, cold", REPOSITORY, ["--set", "data.store=on"]),
             ("store on, warm", REPOSITORY, ["--set", "data.store=on"]),
         ]
         for number, (name, checkout, more) in enumerate(cases):
             found = measure(checkout, [*arguments, *more], place / f"run-{number}", place / "cache")
-            print(f"{name:24} {found['seconds']:8.1f} s {found['VmHWM']:8.2f} GB ({found['RssAnon']:.2f})", flush=True)
+            times = f"{found['seconds']:8.1f} s {found['cpu']:8.1f} CPU s"
+            print(f"{name:24} {times} {found['VmHWM']:8.2f} GB ({found['RssAnon']:.2f})", flush=True)
         stored = sum(path.stat().st_size for path in (place / "cache").rglob("*.bin")) / 1e6
         print(f"stored: {stored:,.0f} MB")
     finally:

@@ -128,6 +128,8 @@ def load_rows(
     uses_valid_source = split == "valid" and data.valid is not None
     name = data.valid if uses_valid_source else data.source
     if name == "builtin":
+        if stored and data.store == "on" and split == "train":
+            raise _not_stored(name)
         rows = _load_builtin(data, split, limit)
         splits = ("train", "valid", "test")
     else:
@@ -313,6 +315,14 @@ def _report(found: Rows, source: DataSource, part: str, listener: Listener) -> N
         listener(Note(f"{source.name}: columns not read: {listed_shares(found.unread_columns)}"))
 
 
+def _not_stored(name: str) -> DataError:
+    return DataError(
+        "data.cannot_store",
+        f"{name}: only the rows of local files are stored (data.store on)",
+        hint="save the data set as a file, or try --set data.store=auto",
+    )
+
+
 class TrainingStore:
     """Read training rows from the store on disk, which is made first if it does not exist (``data.store``)."""
 
@@ -323,11 +333,7 @@ class TrainingStore:
         """Return whether this source's training rows are stored. Raises DataError if they must be and cannot."""
         files = source.files.get("train")
         if self._data.store == "on" and not files:
-            raise DataError(
-                "data.cannot_store",
-                f"{source.name}: only the rows of local files are stored (data.store on)",
-                hint="save the data set as a file, or try --set data.store=auto",
-            )
+            raise _not_stored(source.name)
         if self._data.store != "auto" or not files:
             return self._data.store == "on"
         return self._data.limit is None and sum(path.stat().st_size for path in files) >= STORED_BYTES
