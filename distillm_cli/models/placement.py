@@ -12,8 +12,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +72,7 @@ class PlacedTeacher(Backbone):
         super().__init__(loaded.model, loaded.tokenizer, loaded.vocab)
         self.own_logits = loaded.own_logits
         self.is_offloaded = is_offloaded
+        self._inner = [loaded]  # the same model, where it is; a list, so that it is not a submodule
         self._device = device
         self._uses = 0
         self._head = None if self.own_logits else _copied_head(loaded, device)
@@ -80,7 +80,7 @@ class PlacedTeacher(Backbone):
     @property
     def is_dispatched(self) -> bool:
         """Return whether accelerate moves the layers."""
-        return bool(getattr(self.model, "hf_device_map", None))
+        return _is_dispatched(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -96,22 +96,22 @@ class PlacedTeacher(Backbone):
         self._uses += 1
         try:
             if self._uses == 1:
-                self.to(self._device)
+                self._loaded.to(self._device)
             yield
         finally:
             self._uses -= 1
             if not self._uses:
-                self.to("cpu")
+                self._loaded.to("cpu")
 
     def hidden(self, batch: Batch, *, for_backward: bool = False) -> Tensor:
         if self.is_dispatched and not (self.own_logits or self.is_encoder_decoder):
             return self.trunk_states(batch).to(self._device)  # the passes of models/cpu read the weights themselves
         with self.on_device():
-            return super().hidden(self._placed(batch)).to(self._device)
+            return self._loaded.hidden(self._placed(batch)).to(self._device)
 
     def logits(self, batch: Batch) -> Tensor:
         with self.on_device():
-            return super().logits(self._placed(batch)).to(self._device)
+            return self._loaded.logits(self._placed(batch)).to(self._device)
 
     def full_head(self) -> Head:
         return Head(None) if self.own_logits or self._head is None else self._head
@@ -124,6 +124,14 @@ class PlacedTeacher(Backbone):
         if not self.is_dispatched:
             return super().fingerprint()
         return weights_fingerprint(_tensors(self.model), torch.bfloat16)
+
+    @property
+    def _loaded(self) -> Backbone:
+        """Return the model with the vocabulary and the head that it has been given since it was loaded."""
+        loaded = self._inner[0]
+        loaded.vocab = self.vocab
+        loaded.own_logits = self.own_logits
+        return loaded
 
     def _placed(self, batch: Batch) -> Batch:
         """Return the batch where the model's first layer computes. accelerate moves it by itself."""
@@ -171,7 +179,12 @@ def _copied_head(loaded: Backbone, device: torch.device) -> Head:
     from accelerate.utils import align_module_device
 
     module = loaded.model.get_output_embeddings()
-    with align_module_device(module, device):
+    with align_module_device(module, "cpu") if _is_dispatched(loaded.model) else nullcontext():
         bias = getattr(module, "bias", None)
-        head = Head(module.weight.detach().to(device), None if bias is None else bias.detach().to(device))
-    return replace(head, scale=loaded.head_scale, softcap=loaded.head_softcap)
+        weight_VD = module.weight.detach().to(device, copy=True)
+        bias_V = None if bias is None else bias.detach().to(device, copy=True)
+    return Head(weight_VD, bias_V, loaded.head_scale, loaded.head_softcap)
+
+
+def _is_dispatched(model: PreTrainedModel) -> bool:
+    return bool(getattr(model, "hf_device_map", None))
