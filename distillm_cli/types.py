@@ -9,8 +9,13 @@ V vocabulary, D width of the last hidden state.
 
 from __future__ import annotations
 
+import hashlib
+import io
+from array import array
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import BinaryIO, overload
 
 import numpy as np
 import torch
@@ -22,21 +27,152 @@ class Sequence:
 
     Every token of the response is supervised: the token that ends it is part of it when the response is complete, and
     absent when the response was cut. ``row`` is the index of the dataset row it belongs to. ``turns``: ascending indices
-    of prompt tokens that are supervised too, the earlier answers of a conversation; None if there are none.
+    of prompt tokens that are supervised too, the earlier answers of a conversation; None if there are none. ``table``:
+    the table that the sequence is row ``row`` of; None for a sequence of its own.
+
+    Rows of a table are built at each access, so they are compared by table and row; other sequences by identity.
     """
 
     prompt: np.ndarray
     response: np.ndarray
     row: int = -1
     turns: np.ndarray | None = None
+    table: PackedSequences | None = field(default=None, kw_only=True, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
+
+    def __eq__(self, other: object) -> bool:
+        if self.table is None or not isinstance(other, Sequence):
+            return self is other
+        return other.table is self.table and other.row == self.row
+
+    def __hash__(self) -> int:
+        return object.__hash__(self) if self.table is None else hash((id(self.table), self.row))
 
     @property
     def supervised(self) -> int:
         """Return the number of supervised tokens: those of ``turns`` and of the response."""
         return len(self.response) + (0 if self.turns is None else len(self.turns))
+
+
+class PackedSequences(SequenceOf[Sequence]):
+    """Hold many sequences in a few arrays, in memory or memory-mapped, and build each one when it is accessed.
+
+    ids: int32, prompt and response of each sequence, one after the other. sizes_S3: int32 [S, 3], its numbers of prompt
+    tokens, response tokens and ``turns``. turns: int32, those of all sequences. digest: ``rows_digest`` of the sequences.
+    """
+
+    def __init__(self, ids: np.ndarray, sizes_S3: np.ndarray, turns: np.ndarray, digest: str):
+        self.digest = digest
+        self._ids = ids
+        self._sizes_S3 = sizes_S3
+        self._turns = turns
+        self._ends = np.cumsum(self.lengths)
+        self._turn_ends = np.cumsum(sizes_S3[:, 2], dtype=np.int64) if len(turns) else None
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Return the number of tokens of prompt and response, per sequence."""
+        return self._sizes_S3[:, :2].sum(axis=1, dtype=np.int64)
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """Return the number of tokens of the prompt, per sequence."""
+        return self._sizes_S3[:, 0]
+
+    @property
+    def supervised(self) -> np.ndarray:
+        """Return the number of supervised tokens, per sequence."""
+        return self._sizes_S3[:, 1:].sum(axis=1, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._sizes_S3)
+
+    @overload
+    def __getitem__(self, index: int) -> Sequence: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Sequence]: ...
+
+    def __getitem__(self, index: int | slice) -> Sequence | list[Sequence]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        row = range(len(self))[index]
+        prompt, response, turns = self._sizes_S3[row].tolist()
+        end = int(self._ends[row])
+        cut = end - response
+        own_turns = None
+        if turns and self._turn_ends is not None:
+            turn_end = int(self._turn_ends[row])
+            own_turns = self._turns[turn_end - turns : turn_end]
+        return Sequence(self._ids[cut - prompt : cut], self._ids[cut:end], row, own_turns, table=self)
+
+
+class SequencePacker:
+    """Collect sequences, one by one, for ``PackedSequences``. ids, turns: files that they are written to."""
+
+    def __init__(self, ids: BinaryIO, turns: BinaryIO):
+        self._ids = ids
+        self._turns = turns
+        self._sizes = array("i")
+        self._digest = hashlib.sha256(b"rows")
+
+    def __len__(self) -> int:
+        return len(self._sizes) // 3
+
+    def append(self, sequence: Sequence) -> None:
+        turns = 0 if sequence.turns is None else len(sequence.turns)
+        self._sizes.extend((len(sequence.prompt), len(sequence.response), turns))
+        self._ids.write(sequence.prompt.astype(np.int32, copy=False).tobytes())
+        self._ids.write(sequence.response.astype(np.int32, copy=False).tobytes())
+        if sequence.turns is not None:
+            self._turns.write(sequence.turns.astype(np.int32, copy=False).tobytes())
+        _update_digest(self._digest, sequence)
+
+    @property
+    def sizes_S3(self) -> np.ndarray:
+        return np.array(self._sizes, dtype=np.int32).reshape(-1, 3)
+
+    @property
+    def digest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def as_int32(buffer: io.BytesIO) -> np.ndarray:
+    """Return the content of a buffer as int32, without a copy."""
+    return np.frombuffer(buffer.getbuffer(), dtype=np.int32)
+
+
+def rows_digest(sequences: SequenceOf[Sequence]) -> str:
+    """Return the SHA-256 of every token of every row. It depends on tokenizer, template, rows, order and lengths."""
+    if isinstance(sequences, PackedSequences):
+        return sequences.digest
+    digest = hashlib.sha256(b"rows")
+    for sequence in sequences:
+        _update_digest(digest, sequence)
+    return digest.hexdigest()
+
+
+def _update_digest(digest: hashlib._Hash, s: Sequence) -> None:
+    digest.update(f"{len(s.prompt)} {len(s.response)} ".encode())
+    digest.update(s.prompt.tobytes() + s.response.tobytes())
+    if s.turns is not None:
+        digest.update(b"turns" + s.turns.tobytes())
+
+
+def lengths_of(sequences: SequenceOf[Sequence]) -> np.ndarray:
+    """Return the number of tokens of prompt and response [S], per sequence."""
+    if isinstance(sequences, PackedSequences):
+        return sequences.lengths
+    return np.array([len(s) for s in sequences], dtype=np.int64)
+
+
+def supervised_of(sequences: SequenceOf[Sequence]) -> np.ndarray:
+    """Return the number of supervised tokens [S], per sequence."""
+    if isinstance(sequences, PackedSequences):
+        return sequences.supervised
+    return np.array([s.supervised for s in sequences], dtype=np.int64)
 
 
 # Columns of ``Rollout.log_probs_NK``: under the unfiltered student and teacher, and under the distribution that the token

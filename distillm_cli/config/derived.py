@@ -22,8 +22,9 @@ _EXTRAS = tuple(f"{name}." for name in EXTRAS)
 
 # Fields that may differ between a run and its resume, because no later step depends on them.
 _CHANGEABLE = (
-    "teacher.cache_dir", "train.keep", "train.log_steps", "train.device", "train.threads", "data.workers", "eval.suites",
-    "eval.batch_size",
+    "teacher.cache_dir", "teacher.device_map", "teacher.max_memory", "teacher.offload", "train.keep", "train.log_steps",
+    "train.device", "train.threads", "train.offload_activations", "data.workers", "data.store", "data.store_dir",
+    "eval.suites", "eval.batch_size", "eval.report_teacher",
 )  # fmt: skip
 
 

@@ -54,6 +54,9 @@ _GENERATES = UsedWhen(
     {"schedule.kind": kinds_with(lambda kind: kind.uses_student_outputs or kind.uses_teacher_samples)}, of_method=False
 )
 _FALLING = UsedWhen({"train.lr_schedule": ("cosine", "linear")}, of_method=False)
+_DISPATCHED = UsedWhen({"teacher.device_map": ("auto", "sequential")}, of_method=False)
+_CHECKPOINTED = UsedWhen({"train.gradient_checkpointing": (True,)}, of_method=False)
+_ADAMW = UsedWhen({"train.optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit")}, of_method=False)
 _ADVERSARIAL = UsedWhen({"train.adversarial": ("fgsm", "pgd")}, of_method=False)
 _ADVERSARIAL_STEPS = UsedWhen({"train.adversarial": ("pgd",)}, of_method=False)
 _ATTACK = UsedWhen({"eval.attack": ("fgsm", "pgd")}, of_method=False)
@@ -121,6 +124,19 @@ class TeacherConfig(Section):
     )
     quantize: Literal["none", "8bit", "4bit"] = Field(
         "none", description="Quantization of the linear layers by bitsandbytes. 8bit: LLM.int8. 4bit: NF4. Needs CUDA."
+    )
+    device_map: Literal["none", "auto", "cpu", "sequential"] = Field(
+        "none",
+        description="Place of the weights of a teacher that is larger than the device. auto, sequential: layers on GPUs, in "
+        "host memory and on disk, by accelerate. cpu: the teacher computes on the CPU.",
+    )
+    max_memory: Annotated[Annotated[float, Field(gt=0)] | None, _DISPATCHED] = Field(
+        None,
+        description="Memory for the teacher on each GPU or, in a run on the CPU, in host memory, in GB. Unset: what is "
+        "free, which leaves no memory for the student.",
+    )
+    offload: bool = Field(
+        False, description="Keep the weights in host memory, and move them to the device for each use. Needs a GPU."
     )
 
 
@@ -338,6 +354,14 @@ class DataConfig(Section):
         "sequences are mixed (MixKD). The mixtures are trained on beside the plain sequences. 0: off.",
     )
     workers: Count = Field(0, description="Number of tokenizing processes. Does not change results.")
+    store: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Store of the training rows and their token ids on disk, which later runs map instead of reading the "
+        "rows again. Does not change results. auto: for local files of 256 MB or more, unless data.limit is set.",
+    )
+    store_dir: Name | None = Field(
+        None, description="Directory of the stored rows. Unset: rows/ in $DISTILLM_CACHE, else in ~/.cache/distillm."
+    )
 
     @model_validator(mode="after")
     def _check_date(self) -> DataConfig:
@@ -439,7 +463,12 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         1e-2, description="Weight decay of matrices. Biases and norms have none."
     )
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Betas of AdamW.")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "adafactor"] = Field(
+        "adamw",
+        description="Optimizer. adamw_8bit: AdamW of bitsandbytes, with moments in 8 bits. paged_adamw_8bit: the same, and "
+        "they move to host memory if the GPU's is full. Both need CUDA. adafactor: one factored moment, by transformers.",
+    )
+    betas: Annotated[tuple[Beta, Beta], _ADAMW] = Field((0.9, 0.999), description="Betas of AdamW.")
     clip: Annotated[float, Field(ge=0)] = Field(1.0, description="Maximum gradient norm. 0: no clipping.")
     seed: Seed = Field(
         10, description="Random seed. It determines the order of rows, rollouts, dropout and new weights."
@@ -451,6 +480,11 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = Field(
         False,
         description="Recompute activations in the backward pass, which saves memory and costs one more forward pass.",
+    )
+    offload_activations: Annotated[bool, _CHECKPOINTED] = Field(
+        False,
+        description="Keep the activations that are not recomputed, one state per layer, in host memory until the backward "
+        "pass. Needs a GPU.",
     )
     adversarial: AttackName = Field(
         "none",
@@ -539,6 +573,11 @@ class EvalConfig(Section):
         description="Largest change of each prompt token's embedding (L2), in units of the mean norm of the embeddings.",
     )
     attack_steps: Annotated[Positive, _ATTACK_STEPS] = Field(10, description="Gradient steps of pgd.")
+    report_teacher: bool = Field(
+        True,
+        description="Measure the teacher too at the end of a run. It is loaded again if it was released. A teacher with "
+        "teacher.device_map is not measured.",
+    )
     report_rows: Count = Field(
         100, description="Number of held-out rows on which student and teacher are scored at the end of a run. 0: none."
     )
@@ -622,6 +661,15 @@ class Recipe(Section):
         return self.method != "sft" and (mixes or self.objective.input_gradient > 0)
 
     @property
+    def may_read_all_states(self) -> bool:
+        """Return whether all of the teacher's states for training may come from a cache on disk."""
+        is_cached = self.teacher.cache in ("auto", "disk") and self.schedule.uses_rows
+        samples = self.schedule.uses_student_outputs or self.schedule.uses_teacher_samples
+        copies = student_spec.copies_layers(self.student.path)
+        changes = self.teacher_trainer is not None or self.teacher.quantize != "none"
+        return is_cached and not (samples or copies or changes or self.runs_teacher_on_embeddings)
+
+    @property
     def decodes_with_teacher(self) -> bool:
         """Return whether the teacher decodes with the student: it accepts or replaces drafts, or is part of a mixture."""
         return self.schedule.drafts or self.samples_from_mixture
@@ -693,6 +741,36 @@ class Recipe(Section):
             )
         if self.teacher.cache not in ("auto", "off"):
             raise ValueError(f"teacher.cache {self.teacher.cache}: {self.uncached_because}; try --teacher-cache off")
+        return self
+
+    @model_validator(mode="after")
+    def _check_placed_teacher(self) -> Recipe:
+        teacher = self.teacher
+        if self.method == "sft" or not (teacher.offload or teacher.device_map != "none"):
+            return self
+        if teacher.offload and teacher.device_map != "none":
+            raise ValueError("teacher.offload and teacher.device_map both place the weights; try only one of them")
+        key, change = f"teacher.device_map {teacher.device_map}", "--set teacher.device_map=none"
+        if teacher.offload:
+            key, change = "teacher.offload", "--set teacher.offload=false"
+        problems = {
+            "a quantized teacher stays on one GPU": teacher.quantize != "none",
+            f"the run changes the teacher ({self.teacher_trainer})": self.teacher_trainer is not None,
+            f"the teacher decodes with the student (schedule.kind {self.schedule.kind})": self.decodes_with_teacher
+            and self.schedule.uses_student_outputs,
+            "the run needs the teacher's states of input embeddings": self.runs_teacher_on_embeddings,
+            f"student {self.student.path} would copy the teacher's layers": student_spec.copies_layers(
+                self.student.path
+            ),
+            "sentence embeddings need the whole teacher": self.disco.enabled,
+        }
+        for problem in (text for text, is_met in problems.items() if is_met):
+            raise ValueError(f"{key}: {problem}; try {change}")
+        if teacher.device_map != "none" and self.schedule.uses_teacher_samples and self.data.teacher_samples is None:
+            raise ValueError(
+                f"{key}: the teacher would sample slowly; generate its responses first, and try "
+                "--set data.teacher_samples=FILE"
+            )
         return self
 
     @model_validator(mode="after")

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing import get_all_start_methods, get_context
+from typing import Any
 
 import numpy as np
 
 from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.encoder import Encoded, Encoder, LeftOut, TooLong
 from distillm_cli.data.rows import Row
-from distillm_cli.data.sources import LISTED, Rows
+from distillm_cli.data.sources import LISTED, Rows, pick
 from distillm_cli.data.token_ids import CHUNK, TokenIds
 from distillm_cli.errors import DataError, PeerProcessError
 from distillm_cli.training.events import Listener, Note, Progress, Warned, silent
-from distillm_cli.types import Sequence
+from distillm_cli.types import PackedSequences, Sequence, SequencePacker, as_int32, lengths_of, supervised_of
 from distillm_cli.utils.text import all_are, counted
 
 _WARNING_SHARE = 0.2  # share of dropped rows above which a warning is printed
+_CHUNKS_AHEAD = 4  # chunks of rows that wait for each tokenizing process
 _COVERED_SHARE = 0.95  # share of rows within the limits that the warning suggests
 
 
@@ -34,21 +38,18 @@ class Examples:
 
     dropped: number of rows that are too long. dropped_prompts: number of those whose prompt alone is too long.
     truncated: responses that were cut. unsupervised: rows without a response to train on. refused: the reason for each
-    row that could not be rendered (``data.skip_bad_rows``). spanning: rows in which a token spans the end of the
-    prompt. special_tokens: rows that have a special token in their text, by token. ignored_fields: rows with a field
-    that the chat template does not write, by field. end_ids: end tokens of responses other than the usual one.
+    row that could not be rendered (``data.skip_bad_rows``). spanning: rows in which a token spans the end of the prompt.
+    end_ids: end tokens of responses other than the usual one.
     """
 
-    sequences: list[Sequence]
-    rows: list[Row]
+    sequences: SequenceOf[Sequence]
+    rows: SequenceOf[Row]
     dropped: int = 0
     dropped_prompts: int = 0
     truncated: int = 0
     unsupervised: int = 0
     refused: list[str] = field(default_factory=list)
     spanning: int = 0
-    special_tokens: dict[str, list[Row]] = field(default_factory=dict)
-    ignored_fields: Counter[str] = field(default_factory=Counter)
     end_ids: set[int] = field(default_factory=set)
 
     def __len__(self) -> int:
@@ -57,12 +58,71 @@ class Examples:
     @property
     def lengths(self) -> np.ndarray:
         """Return the number of tokens of prompt and response, per sequence."""
-        return np.array([len(sequence) for sequence in self.sequences], dtype=np.int64)
+        return lengths_of(self.sequences)
 
     @property
     def tokens(self) -> int:
         """Return the number of supervised tokens, including end-of-sequence."""
-        return sum(sequence.supervised for sequence in self.sequences)
+        return int(supervised_of(self.sequences).sum())
+
+
+@dataclass
+class Tokenized:
+    """Describe rows that were tokenized, apart from the tokens. Each list or count is of one kind of row.
+
+    rows: number of all rows. kept: indices of the rows that became examples. too_long, left_out: the other rows.
+    truncated: responses that were cut. spanning: rows in which a token spans the end of the prompt. special_tokens: number
+    of rows with a special token in their text, by token, and special_at: the first of them. ignored_fields: rows with a
+    field that the chat template does not write, by field. end_ids: end tokens of responses other than the usual one.
+    """
+
+    rows: int = 0
+    kept: array[int] = field(default_factory=lambda: array("q"))
+    too_long: list[TooLong] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    truncated: int = 0
+    spanning: int = 0
+    special_tokens: Counter[str] = field(default_factory=Counter)
+    special_at: dict[str, str] = field(default_factory=dict)
+    ignored_fields: Counter[str] = field(default_factory=Counter)
+    end_ids: set[int] = field(default_factory=set)
+
+    @property
+    def refused(self) -> list[str]:
+        """Return the reason for each row that could not be rendered."""
+        return [row.reason for row in self.left_out if row.reason]
+
+    def add(self, row: Row, outcome: Encoded | TooLong | LeftOut) -> bool:
+        """Count the next row; return whether it became an example."""
+        index = self.rows
+        self.rows += 1
+        if isinstance(outcome, TooLong):
+            self.too_long.append(outcome)
+            return False
+        if isinstance(outcome, LeftOut):
+            self.left_out.append(outcome)
+            return False
+        self.kept.append(index)
+        self.truncated += outcome.truncated
+        self.spanning += outcome.spans_prompt_end
+        self.end_ids |= outcome.end_ids
+        self.ignored_fields.update(outcome.ignored_fields)
+        self.special_tokens.update(outcome.special_tokens)
+        for token in outcome.special_tokens:
+            self.special_at.setdefault(token, row.where)
+        return True
+
+    def facts(self) -> dict[str, Any]:
+        """Return the arguments of ``Examples`` other than sequences and rows."""
+        return {
+            "dropped": len(self.too_long),
+            "dropped_prompts": sum(row.part == "prompt" for row in self.too_long),
+            "truncated": self.truncated,
+            "unsupervised": sum(not row.reason for row in self.left_out),
+            "refused": self.refused,
+            "spanning": self.spanning,
+            "end_ids": self.end_ids,
+        }
 
 
 def tokenize(
@@ -79,79 +139,75 @@ def tokenize(
     prefetched: returns the prefetched token ids of the chunk that begins at a row, None without them. Raises DataError
     when a row is refused or when no row is left.
     """
-    chunks = [(rows[start : start + CHUNK], start, max_context) for start in range(0, len(rows), CHUNK)]
-    examples = Examples([], [])
-    left_out = []
-    truncated = 0
-    spanning = 0
+    ids = io.BytesIO()
+    turns = io.BytesIO()
+    packer = SequencePacker(ids, turns)
+    found = tokenize_into(packer, rows, encoder, data, listener, max_context, prefetched)
+    sequences = PackedSequences(as_int32(ids), packer.sizes_S3, as_int32(turns), packer.digest)
+    return Examples(sequences, pick(rows, found.kept), **found.facts())
+
+
+def tokenize_into(
+    packer: SequencePacker,
+    rows: SequenceOf[Row],
+    encoder: Encoder,
+    data: DataConfig,
+    listener: Listener = silent,
+    max_context: int | None = None,
+    prefetched: Callable[[int], list[TokenIds] | None] | None = None,
+) -> Tokenized:
+    """Tokenize rows like ``tokenize``, but add the sequences to ``packer``. A chunk of rows is in memory at a time."""
+    found = Tokenized()
     name = str(rows) if isinstance(rows, Rows) else ""
-    outcomes_by_chunk = _encode_chunks(chunks, encoder, data.workers, prefetched)
-    for (chunk, start, _), outcomes in zip(chunks, outcomes_by_chunk, strict=True):
+    chunks = ((rows[start : start + CHUNK], start, max_context) for start in range(0, len(rows), CHUNK))
+    workers = min(data.workers, math.ceil(len(rows) / CHUNK)) if len(rows) > CHUNK else 0
+    for chunk, outcomes in _encode_chunks(chunks, encoder, workers, prefetched):
         for row, outcome in zip(chunk, outcomes, strict=True):
-            if not isinstance(outcome, Encoded):
-                left_out.append(outcome)
-                continue
-            truncated += outcome.truncated
-            spanning += outcome.spans_prompt_end
-            examples.end_ids.update(outcome.end_ids)
-            examples.ignored_fields.update(outcome.ignored_fields)
-            for token in outcome.special_tokens:
-                examples.special_tokens.setdefault(token, []).append(row)
-            examples.sequences.append(replace(outcome.sequence, row=len(examples)))
-            examples.rows.append(row)
-        listener(Progress(f"tokenizing {name}".rstrip(), start + len(chunk), len(rows), "rows"))
-    too_long = [row for row in left_out if isinstance(row, TooLong)]
-    others = [row for row in left_out if isinstance(row, LeftOut)]
-    if not examples.sequences:
-        raise _no_rows_error(too_long, others, encoder.limit(max_context))
-    examples = replace(
-        examples,
-        dropped=len(too_long),
-        dropped_prompts=sum(row.part == "prompt" for row in too_long),
-        truncated=truncated,
-        unsupervised=sum(not row.reason for row in others),
-        refused=[row.reason for row in others if row.reason],
-        spanning=spanning,
-    )
+            if found.add(row, outcome):
+                packer.append(outcome.sequence)
+        listener(Progress(f"tokenizing {name}".rstrip(), found.rows, len(rows), "rows"))
+    if not len(packer):
+        raise _no_rows_error(found.too_long, found.left_out, encoder.limit(max_context))
     prefix = f"{name}: " if name else ""
-    _report_lengths(examples, too_long, prefix, encoder, max_context, listener)
-    _report_texts(examples, prefix, data, listener)
-    return examples
+    _report_lengths(found, packer.sizes_S3, prefix, encoder, max_context, listener)
+    _report_texts(found, prefix, data, listener)
+    return found
 
 
-def _report_texts(examples: Examples, prefix: str, data: DataConfig, listener: Listener) -> None:
+def _report_texts(found: Tokenized, prefix: str, data: DataConfig, listener: Listener) -> None:
     """Report unusual texts of the rows."""
-    rows = len(examples)
-    for reason in examples.refused[:LISTED]:
+    rows = len(found.kept)
+    refused = found.refused
+    for reason in refused[:LISTED]:
         listener(Warned(f"skipped {reason}"))
-    if len(examples.refused) > LISTED:
-        listener(Warned(f"{prefix}skipped {counted(len(examples.refused), 'row')} in total that could not be rendered"))
-    if examples.unsupervised:
-        dropped = counted(examples.unsupervised, "row")
+    if len(refused) > LISTED:
+        listener(Warned(f"{prefix}skipped {counted(len(refused), 'row')} in total that could not be rendered"))
+    if unsupervised := len(found.left_out) - len(refused):
+        dropped = counted(unsupervised, "row")
         listener(Note(f"{prefix}{dropped} dropped: no response to train on (weight 0, train false, or none)"))
-    if examples.spanning:
-        share = f"{examples.spanning:,} of {counted(rows, 'row')}"
+    if found.spanning:
+        share = f"{found.spanning:,} of {counted(rows, 'row')}"
         listener(Note(f"{prefix}in {share} a token spans the end of the prompt: it counts as part of the response"))
-    if examples.special_tokens and data.special_tokens_in_text != "text":
-        commonest = sorted(examples.special_tokens.items(), key=lambda item: -len(item[1]))[:5]
+    if found.special_tokens and data.special_tokens_in_text != "text":
         tokens = ", ".join(
-            f"{token} in {counted(len(found), 'row')} (first {found[0].where})" for token, found in commonest
+            f"{token} in {counted(count, 'row')} (first {found.special_at[token]})"
+            for token, count in found.special_tokens.most_common(5)
         )
         message = f"{prefix}special tokens in the text of rows are encoded as special tokens: {tokens}"
         listener(Warned(f"{message}; --set data.special_tokens_in_text=text encodes them as text"))
-    for field_name, count in examples.ignored_fields.items():
+    for field_name, count in found.ignored_fields.items():
         share = f"{count / rows * 100:.0f} % of rows"
         listener(Note(f"{prefix}the chat template omits `{field_name}` of the responses ({share})"))
 
 
 def _report_lengths(
-    examples: Examples, too_long: list[TooLong], prefix: str, encoder: Encoder, context: int | None, listener: Listener
+    found: Tokenized, sizes_S3: np.ndarray, prefix: str, encoder: Encoder, context: int | None, listener: Listener
 ) -> None:
-    """Report rows that were dropped and responses that were cut."""
+    """Report rows that were dropped and responses that were cut. sizes_S3: of the examples (``PackedSequences``)."""
     limit = encoder.limit(context)
-    dropped = examples.dropped
-    prompts = examples.dropped_prompts
-    rows = len(examples) + dropped
+    dropped = len(found.too_long)
+    prompts = sum(row.part == "prompt" for row in found.too_long)
+    rows = len(found.kept) + dropped
     if dropped:
         prompt_limit = min(encoder.max_prompt_length, limit)
         reasons = []
@@ -161,18 +217,18 @@ def _report_lengths(
             reasons.append(f"{dropped - prompts:,} over {limit:,} tokens in total")
         message = f"{prefix}{dropped:,} of {counted(rows, 'row')} dropped as too long: {', '.join(reasons)}"
         if dropped > _WARNING_SHARE * rows:
-            listener(Warned(f"{message}; {_suggest_limits(examples, too_long, encoder, context)}"))
+            listener(Warned(f"{message}; {_suggest_limits(sizes_S3, found.too_long, encoder, context)}"))
         else:
             listener(Note(message))
-    if examples.truncated:
-        share = f"{examples.truncated:,} of {counted(rows, 'response')}"
+    if found.truncated:
+        share = f"{found.truncated:,} of {counted(rows, 'response')}"
         listener(Note(f"{prefix}{share} cut at {limit:,} tokens, including the prompt"))
 
 
-def _suggest_limits(examples: Examples, too_long: list[TooLong], encoder: Encoder, context: int | None) -> str:
+def _suggest_limits(sizes_S3: np.ndarray, too_long: list[TooLong], encoder: Encoder, context: int | None) -> str:
     """Return the options that keep ``_COVERED_SHARE`` of the rows, or a message if the model's context is too short."""
-    prompts = [len(sequence.prompt) for sequence in examples.sequences] + [row.prompt for row in too_long]
-    lengths = [*examples.lengths.tolist(), *(row.prompt + row.response for row in too_long)]
+    prompts = [*sizes_S3[:, 0].tolist(), *(row.prompt for row in too_long)]
+    lengths = [*sizes_S3[:, :2].sum(axis=1).tolist(), *(row.prompt + row.response for row in too_long)]
     length = sorted(lengths)[math.ceil(_COVERED_SHARE * len(lengths)) - 1]
     longest_prompt = max(prompt for prompt, total in zip(prompts, lengths, strict=True) if total <= length)
     if context is not None and length > context:
@@ -215,26 +271,31 @@ Chunk = tuple[SequenceOf[Row], int, int | None]  # rows, the number of the first
 
 
 def _encode_chunks(
-    chunks: list[Chunk],
+    chunks: Iterable[Chunk],
     encoder: Encoder,
     workers: int,
     prefetched: Callable[[int], list[TokenIds] | None] | None,
-) -> Iterator[list[Encoded | TooLong | LeftOut]]:
-    """Encode the chunks in order, in this process or in ``workers`` processes."""
-    if workers == 0 or len(chunks) < 2:
+) -> Iterator[tuple[SequenceOf[Row], list[Encoded | TooLong | LeftOut]]]:
+    """Encode the chunks in order, in this process or in ``workers`` processes, and yield rows and outcomes."""
+    if workers == 0:
         for rows, start, context in chunks:
-            yield encoder.encode(rows, start, context, None if prefetched is None else prefetched(start))
+            yield rows, encoder.encode(rows, start, context, None if prefetched is None else prefetched(start))
         return
     # Not forked from this process: a child would inherit the locks of threads that do not exist in it. A fork server
     # imports the heavy libraries once for all workers; without a fork server, each worker imports them.
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload([__name__, type(encoder.tokenizer).__module__])
-    pool = ProcessPoolExecutor(
-        min(workers, len(chunks)), mp_context=context, initializer=_start_worker, initargs=(encoder,)
-    )
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(encoder,))
+    pending: deque[tuple[SequenceOf[Row], Future[list[Encoded | TooLong | LeftOut]]]] = deque()
     try:
-        yield from pool.map(_encode_in_worker, chunks)
+        for chunk in chunks:
+            pending.append((chunk[0], pool.submit(_encode_in_worker, chunk)))
+            if len(pending) > _CHUNKS_AHEAD * workers:
+                rows, outcomes = pending.popleft()
+                yield rows, outcomes.result()
+        for rows, outcomes in pending:
+            yield rows, outcomes.result()
     except BrokenProcessPool:
         raise PeerProcessError("process.died", "a tokenizing process died", hint="try --set data.workers=0") from None
     finally:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from itertools import chain
@@ -36,7 +36,7 @@ class DataSource:
 
     parts: by split, a function that takes the columns to convert and returns records. single_file: a file without splits.
     reshape: converts the records of a set with a short name, if the recipe names no columns. columns: those that
-    ``reshape`` reads.
+    ``reshape`` reads. files: the local files of each split, if it is read from such files alone.
     """
 
     name: str
@@ -45,6 +45,7 @@ class DataSource:
     single_file: bool = False
     reshape: Reshape | None = None
     columns: frozenset[str] = frozenset()
+    files: Mapping[str, Sequence[Path]] = field(default_factory=dict)
 
 
 def local_path(name: str) -> Path | None:
@@ -113,7 +114,7 @@ def _find_by_name(name: str, listener: Listener) -> DataSource:
         if kind == "directory":
             return _directory(path, path.resolve().name if path == user_path(text) else text)
         if kind == "file":
-            return DataSource(path.name, {"train": partial(read, path)}, path=path, single_file=True)
+            return _single_file(path.name, path)
     if is_broken_link(user_path(text)):
         raise DataError(
             "data.not_found",
@@ -177,8 +178,9 @@ def _directory(path: Path, name: str) -> DataSource:
                 "data.ambiguous_split", f"{path}: several files for {split} ({file_names})", hint="keep one of them"
             )
     if found:
-        parts = {split: partial(_read_files, files) for split, files in _canonical_splits(found).items()}
-        return DataSource(name, parts, path=path)
+        files_by_split = _canonical_splits(found)
+        parts = {split: partial(_read_files, files) for split, files in files_by_split.items()}
+        return DataSource(name, parts, path=path, files=files_by_split)
     files = sorted(file for file in path.iterdir() if format_of(file) is not None and file.is_file())
     if not files:
         raise DataError(
@@ -193,19 +195,30 @@ def _directory(path: Path, name: str) -> DataSource:
             f"{path}: no train.*, valid.* or test.*, but {file_names}",
             hint="use one of these files",
         )
-    return DataSource(name, {"train": partial(read, files[0])}, path=files[0], single_file=True)
+    return _single_file(name, files[0])
+
+
+def _single_file(name: str, path: Path) -> DataSource:
+    return DataSource(name, {"train": partial(read, path)}, path=path, single_file=True, files={"train": [path]})
 
 
 def _saved_dataset(path: Path, name: str, saved: dict[str, Path]) -> DataSource:
     """Return the source for a directory that `datasets` saved."""
     if "" in saved:
-        return DataSource(name, {"train": partial(read_saved, path)}, path=path, single_file=True)
-    parts = {split: partial(read_saved, directory) for split, directory in _canonical_splits(saved).items()}
+        own_files = {"train": _files_in(path)}
+        return DataSource(name, {"train": partial(read_saved, path)}, path=path, single_file=True, files=own_files)
+    directories = _canonical_splits(saved)
+    parts = {split: partial(read_saved, directory) for split, directory in directories.items()}
     if not parts:
         raise DataError(
             "data.no_split", f"{path}: no split train, valid or test, but {', '.join(saved)}", hint="use one of these"
         )
-    return DataSource(name, parts, path=path)
+    files = {split: _files_in(directory) for split, directory in directories.items()}
+    return DataSource(name, parts, path=path, files=files)
+
+
+def _files_in(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.is_file()) if directory.is_dir() else []
 
 
 def _read_files(files: list[Path], columns: Collection[str]) -> Records:

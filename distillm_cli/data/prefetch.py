@@ -21,7 +21,7 @@ from typing import Any
 
 from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.rows import Row
-from distillm_cli.data.sources import Rows, Split, load_rows, local_path
+from distillm_cli.data.sources import Rows, Split, kinds_of, load_rows, local_path
 from distillm_cli.data.templates import Renderer
 from distillm_cli.data.token_ids import (
     CHUNK,
@@ -137,7 +137,7 @@ class Prefetcher:
 
     def _read(self, split: Split, events: SimpleQueue[Event | None]) -> Rows:
         try:
-            return load_rows(self._data, split, listener=events.put, require_output=self._require_output)
+            return load_rows(self._data, split, listener=events.put, require_output=self._require_output, stored=True)
         finally:
             events.put(None)
 
@@ -152,6 +152,7 @@ class Prefetcher:
         return {
             (name, start): self._pool.submit(tokenize, rows[start : start + CHUNK])
             for name, rows in sources.items()
+            if not getattr(rows, "are_stored", False)
             for start in range(0, len(rows), CHUNK)
         }
 
@@ -164,7 +165,7 @@ class Prefetcher:
         """Return whether ids can be computed before the models are loaded: a chat template depends on their stop tokens."""
         if getattr(tokenizer, "chat_template", None) is not None or self._data.special_tokens_in_text == "text":
             return False
-        return all(self._renderer.form(row) != "chat" for rows in sources.values() for row in rows)
+        return all(self._renderer.form(row) != "chat" for rows in sources.values() for row in kinds_of(rows))
 
     def _chunks_by_file(self, tokenizer: Any) -> _Chunks:
         """Return the pending chunks if ``tokenizer`` has the same rules; else cancel them."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +17,12 @@ from distillm_cli.config.schema import ColumnsConfig, DataConfig
 from distillm_cli.data.files import UnreadableRecord
 from distillm_cli.data.formats import readable_columns
 from distillm_cli.data.locations import DataSource, find_source, is_path, local_path, path_kind, user_path
+from distillm_cli.data.row_store import StoredRows, kinds_of, map_rows, pick, prompt_keys, write_rows
 from distillm_cli.data.rows import BadRow, Row, Split, read_row
-from distillm_cli.errors import DataError
+from distillm_cli.data.store import fingerprint, key_of, open_or_make
+from distillm_cli.errors import DataError, StorageError
 from distillm_cli.training.events import Listener, Note, Warned, silent
+from distillm_cli.utils.storage import cache_root
 from distillm_cli.utils.text import all_are, counted, listed_shares
 
 __all__ = ["Row", "Rows", "Split", "is_path", "load_rows", "local_path", "overlap", "path_kind", "user_path"]
@@ -34,6 +38,7 @@ class RowForm:
 
 PROMPTS = RowForm(read_row, readable_columns)
 _HELD_OUT_SHARE = 20  # one row in this many is held out if a source has no held-out rows of its own
+STORED_BYTES = 256_000_000  # size of the training files from which `data.store: auto` stores their rows
 LISTED = 20  # maximum number of broken rows reported one by one; Rows.skipped has all of them
 
 
@@ -46,7 +51,7 @@ class Rows(SequenceOf[Row]):
     were read. unread_columns: the other columns, with the share of rows that have a value there.
     """
 
-    rows: list[Row]
+    rows: SequenceOf[Row]
     name: str
     path: Path | None = None
     skipped: list[str] = field(default_factory=list)
@@ -58,7 +63,21 @@ class Rows(SequenceOf[Row]):
     @property
     def formats(self) -> dict[str, int]:
         """Return the formats of the rows, each with its number of rows."""
-        return dict(Counter(row.format for row in self.rows if row.format).most_common())
+        if isinstance(self.rows, StoredRows):
+            found = self.rows.formats
+        else:
+            found = Counter(row.format for row in self.rows if row.format)
+        return dict(found.most_common())
+
+    @property
+    def kinds(self) -> Iterable[Row]:
+        """Return ``kinds_of`` the rows."""
+        return kinds_of(self.rows)
+
+    @property
+    def are_stored(self) -> bool:
+        """Return whether the rows are on disk, and each is read when it is accessed."""
+        return isinstance(self.rows, StoredRows)
 
     @property
     def format_summary(self) -> str:
@@ -89,6 +108,7 @@ def load_rows(
     limit: int | None = None,
     stand_in: bool = True,
     form: RowForm = PROMPTS,
+    stored: bool = False,
 ) -> Rows:
     """Load the rows of one split of ``data.source`` (of ``data.valid``, for split "valid", when that is given).
 
@@ -100,13 +120,16 @@ def load_rows(
 
     ``data.limit`` applies to the training rows (and the slice of them), ``data.valid_limit`` to "valid", ``limit`` to
     any split. Each selects the first rows. require_output=False: rows may lack a response. stand_in=False: "test"
-    returns test rows only, neither a whole file nor a slice. form: what records are read as; not for `builtin`.
+    returns test rows only, neither a whole file nor a slice. form: what records are read as; not for `builtin`. stored:
+    training rows may be read from the store on disk, by ``data.store``.
 
     Raises DataError if the source does not exist, is empty, or has a broken row (unless ``data.skip_bad_rows``).
     """
     uses_valid_source = split == "valid" and data.valid is not None
     name = data.valid if uses_valid_source else data.source
     if name == "builtin":
+        if stored and data.store == "on" and split == "train":
+            raise _not_stored(name)
         rows = _load_builtin(data, split, limit)
         splits = ("train", "valid", "test")
     else:
@@ -120,37 +143,43 @@ def load_rows(
                 where=_location(source),
                 hint="choose one of those, or remove --split",
             )
-        rows = _load_split(source, data, split, uses_valid_source, limit, require_output, form, listener)
+        store = TrainingStore(data) if stored else None
+        load = partial(
+            _load_part, source, data=data, require_output=require_output, form=form, store=store, listener=listener
+        )
+        rows = _load_split(source, data, split, limit, load, listener)
     return replace(rows, split=split, splits=splits)
 
 
 def overlap(rows: SequenceOf[Row], others: SequenceOf[Row]) -> int:
     """Return the number of distinct prompts in both, such as held-out prompts that are also trained on."""
-    return len({row.key for row in rows} & {row.key for row in others})
+    groups = _groups(np.concatenate((prompt_keys(_plain(rows)), prompt_keys(_plain(others)))))
+    return len(np.intersect1d(groups[: len(rows)], groups[len(rows) :]))
+
+
+def _plain(rows: SequenceOf[Row]) -> SequenceOf[Row]:
+    return rows.rows if isinstance(rows, Rows) else rows
+
+
+def _groups(keys_N2: np.ndarray) -> np.ndarray:
+    """Return the number of each row's group, the rows with an equal key, in order of first appearance."""
+    order = np.lexsort((keys_N2[:, 1], keys_N2[:, 0]))  # stable: the rows of a group stay in order
+    is_first = np.ones(len(order), dtype=bool)
+    is_first[1:] = (keys_N2[order[1:]] != keys_N2[order[:-1]]).any(axis=1)
+    by_key = np.cumsum(is_first) - 1
+    numbers = np.empty(int(is_first.sum()), dtype=np.int64)
+    numbers[np.argsort(order[is_first], kind="stable")] = np.arange(len(numbers))
+    groups = np.empty(len(order), dtype=np.int64)
+    groups[order] = numbers[by_key]
+    return groups
 
 
 def _load_split(
-    source: DataSource,
-    data: DataConfig,
-    split: Split,
-    uses_valid_source: bool,
-    limit: int | None,
-    require_output: bool,
-    form: RowForm,
-    listener: Listener,
+    source: DataSource, data: DataConfig, split: Split, limit: int | None, load: Callable[..., Rows], listener: Listener
 ) -> Rows:
-    load = partial(
-        _load_part,
-        source,
-        columns=data.columns,
-        skip_bad_rows=data.skip_bad_rows,
-        require_output=require_output,
-        form=form,
-        listener=listener,
-    )
-    if uses_valid_source:
+    if split == "valid" and data.valid is not None:
         part = next(name for name in ("valid", "test", "train") if name in source.parts)
-        return load(part, _smallest(data.valid_limit, limit))
+        return load(part, _smallest(data.valid_limit, limit), store=None)
     if source.single_file and split == "test":
         return load("train", limit)
     if split == "test" and "test" not in source.parts and data.valid is not None:
@@ -192,15 +221,38 @@ def _load_part(
     part: str,
     limit: int | None,
     *,
-    columns: ColumnsConfig,
-    skip_bad_rows: bool,
+    data: DataConfig,
     require_output: bool,
     form: RowForm,
+    store: TrainingStore | None,
     listener: Listener,
 ) -> Rows:
+    read = partial(_read_part, source, part, limit, data=data, require_output=require_output, form=form)
+    key = [source.name, part, limit, require_output, data.columns.model_dump(), data.skip_bad_rows]
+    if store is None or part != "train" or not store.is_used(source, listener):
+        found = read(list)
+    else:
+        found = store.rows(source, key, read, listener)
+    _report(found, source, part, listener)
+    return found
+
+
+def _read_part(
+    source: DataSource,
+    part: str,
+    limit: int | None,
+    collect: Callable[[Iterable[Row]], SequenceOf[Row]],
+    *,
+    data: DataConfig,
+    require_output: bool,
+    form: RowForm,
+) -> Rows:
+    """Read the rows of a part of a source, one after the other, into ``collect``."""
+    columns = data.columns
+
     def skipped_message(where: str, message: str, *, is_json: bool = True) -> str:
         """Return the message for a row that is skipped. Raises DataError if rows must not be skipped."""
-        if not skip_bad_rows:
+        if not data.skip_bad_rows:
             path = _location(source)
             hint = "fix the row, or skip such rows with --skip-bad-rows"
             place = None if path and where.startswith(path) else path
@@ -228,7 +280,7 @@ def _load_part(
 
     skipped: list[str] = []
     seen: Counter[tuple[str, bool]] = Counter()  # rows with a value in a column, by its name and whether it was read
-    rows = list(islice(readable_rows(), limit))
+    rows = collect(islice(readable_rows(), limit))
     if not rows:
         first = "" if len(skipped) == 1 else ", the first"
         message = f"{all_are(len(skipped), 'row')} broken{first}: {skipped[0]}" if skipped else "no rows"
@@ -238,13 +290,7 @@ def _load_part(
             where=_location(source),
             hint="check that it is the right source",
         )
-    for message in skipped[:LISTED]:
-        listener(Warned(f"skipped {message}"))
-    if len(skipped) > LISTED:
-        listener(
-            Warned(f"skipped {counted(len(skipped), 'broken row')} of {source.name}; the first {LISTED} are above")
-        )
-    found = Rows(
+    return Rows(
         rows,
         name=source.name,
         path=source.path,
@@ -252,42 +298,116 @@ def _load_part(
         read_columns=tuple(name for name, was_read in seen if was_read),
         unread_columns={name: n / len(rows) for (name, was_read), n in seen.items() if not was_read},
     )
+
+
+def _report(found: Rows, source: DataSource, part: str, listener: Listener) -> None:
+    """Report what was read of a part of a source."""
+    for message in found.skipped[:LISTED]:
+        listener(Warned(f"skipped {message}"))
+    if len(found.skipped) > LISTED:
+        skipped = counted(len(found.skipped), "broken row")
+        listener(Warned(f"skipped {skipped} of {source.name}; the first {LISTED} are above"))
     several = len(source.parts) > 1
-    listener(Note(f"{source.name}{f' {part}' if several else ''}: {counted(len(rows), 'row')}, {found.format_summary}"))
+    rows = counted(len(found), "row")
+    listener(Note(f"{source.name}{f' {part}' if several else ''}: {rows}, {found.format_summary}"))
     # Reported once per source: its validation rows have the same columns as its training rows.
     if found.unread_columns and (part != "valid" or "train" not in source.parts):
         listener(Note(f"{source.name}: columns not read: {listed_shares(found.unread_columns)}"))
-    return found
+
+
+def _not_stored(name: str) -> DataError:
+    return DataError(
+        "data.cannot_store",
+        f"{name}: only the rows of local files are stored (data.store on)",
+        hint="save the data set as a file, or try --set data.store=auto",
+    )
+
+
+class TrainingStore:
+    """Read training rows from the store on disk, which is made first if it does not exist (``data.store``)."""
+
+    def __init__(self, data: DataConfig):
+        self._data = data
+
+    def is_used(self, source: DataSource, listener: Listener) -> bool:
+        """Return whether this source's training rows are stored. Raises DataError if they must be and cannot."""
+        files = source.files.get("train")
+        if self._data.store == "on" and not files:
+            raise _not_stored(source.name)
+        if self._data.store != "auto" or not files:
+            return self._data.store == "on"
+        return self._data.limit is None and sum(path.stat().st_size for path in files) >= STORED_BYTES
+
+    def rows(self, source: DataSource, key: list[Any], read: Callable[..., Rows], listener: Listener) -> Rows:
+        """Return the rows of a source's training files from their store."""
+        root = cache_root("rows", self._data.store_dir)
+        what = f"rows of {source.name}"
+        found = key_of("rows", fingerprint(source.files["train"]), key)
+
+        def make(directory: Path) -> dict[str, Any]:
+            formats: list[str] = []
+
+            def collect(rows: Iterable[Row]) -> SequenceOf[Row]:
+                formats.extend(write_rows(rows, directory, listener, what))
+                return map_rows(directory, formats, found)
+
+            made = read(collect)
+            return {
+                "formats": formats,
+                "skipped": made.skipped,
+                "read_columns": made.read_columns,
+                "unread_columns": made.unread_columns,
+            }
+
+        try:
+            store = open_or_make(root, "rows", found, make, listener, what=what)
+        except (StorageError, DataError) as error:
+            if self._data.store == "on" or (isinstance(error, DataError) and error.code != "data.cannot_store"):
+                raise
+            listener(Warned(f"{error.what}: reading the rows into memory (data.store auto)"))
+            return read(list)
+        facts = store.facts
+        return Rows(
+            map_rows(store.directory, facts["formats"], found),
+            name=source.name,
+            path=source.path,
+            skipped=facts["skipped"],
+            read_columns=tuple(facts["read_columns"]),
+            unread_columns=facts["unread_columns"],
+        )
 
 
 def _hold_out(rows: Rows, split: Split, data: DataConfig, listener: Listener, limit: int | None) -> Rows:
     """Return the training rows without the held-out ones, or the held-out ones, by the rows and data.seed alone."""
-    groups: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(row.key, []).append(index)
-    members = list(groups.values())
-    target = min(data.valid_limit, max(1, len(rows) // _HELD_OUT_SHARE)) if len(members) > 1 else 0
+    groups = _groups(prompt_keys(rows.rows))
+    sizes = np.bincount(groups)
+    target = min(data.valid_limit, max(1, len(rows) // _HELD_OUT_SHARE)) if len(sizes) > 1 else 0
     # Raw bits sorted, rather than a shuffle: their stream is the same in every version of numpy.
-    bits = np.random.Philox(np.random.SeedSequence(data.seed % 2**64)).random_raw(len(members))
-    held_out: set[int] = set()
+    bits = np.random.Philox(np.random.SeedSequence(data.seed % 2**64)).random_raw(len(sizes))
+    chosen: list[int] = []
+    count = 0
     for group in np.argsort(bits, kind="stable"):
-        if len(held_out) + len(members[group]) <= target:
-            held_out.update(members[group])
+        if count == target:
+            break
+        if count + sizes[group] <= target:
+            chosen.append(int(group))
+            count += int(sizes[group])
+    held_out = np.isin(groups, chosen)
     if split == "train":
-        if held_out:
-            share = f"{len(held_out):,} of its {len(rows):,} {'is' if len(held_out) == 1 else 'are'} held out for validation"
+        if count:
+            share = f"{count:,} of its {len(rows):,} {'is' if count == 1 else 'are'} held out for validation"
             listener(Note(f"{rows.name} has no held-out rows: {share}"))
-        remaining = [row for index, row in enumerate(rows) if index not in held_out]
-    elif held_out:
-        remaining = [rows[index] for index in sorted(held_out)]
+        remaining = np.flatnonzero(~held_out)
+    elif count:
+        remaining = np.flatnonzero(held_out)
     else:
         raise DataError(
             "data.no_held_out_rows",
-            f"{rows.name}: {_no_held_out_reason(len(rows), len(members), target)}",
+            f"{rows.name}: {_no_held_out_reason(len(rows), len(sizes), target)}",
             where=str(rows.path) if rows.path else None,
             hint="set held-out rows with --set data.valid=FILE",
         )
-    return replace(rows, rows=remaining[:limit])
+    return replace(rows, rows=pick(rows.rows, remaining[:limit]))
 
 
 def _no_held_out_reason(rows: int, prompts: int, target: int) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from distillm_cli.data.chat import MARK_END, MARK_START, Text
+from distillm_cli.data.row_store import kinds_of
 from distillm_cli.data.rows import Row
 from distillm_cli.data.templates import Renderer
 from distillm_cli.errors import DataError
@@ -210,7 +211,7 @@ def load_tokenizer_rules(
     Return None if there is no file, and for rows in a chat template, which needs transformers.
     """
     file = find_file()
-    if file is None or any(renderer.form(row) == "chat" for rows in sources for row in rows):
+    if file is None or any(renderer.form(row) == "chat" for rows in sources for row in kinds_of(rows)):
         return None
     rules = Tokenizer.from_file(str(file))
     rules.no_truncation()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -38,7 +38,7 @@ from distillm_cli.models.generation.working_copy import working_copy
 from distillm_cli.models.model_families import context_of, head_scale_and_cap
 from distillm_cli.models.router import RouterLoss, attention_mask
 from distillm_cli.types import Batch, Embedded, Sequence, collate
-from distillm_cli.utils.modules import eval_mode
+from distillm_cli.utils.modules import eval_mode, weights_fingerprint
 
 if TYPE_CHECKING:
     from distillm_cli.models.lora import Adapter
@@ -114,7 +114,7 @@ class Backbone(nn.Module):
         self._fast_paths: FastPaths | None = None
         self._can_retract: bool | None = None
         self._cpu_forward = CpuForward()
-        self._scale, self._softcap = head_scale_and_cap(model.config)
+        self.head_scale, self.head_softcap = head_scale_and_cap(model.config)
         self.own_logits = _trunk(model) is None or not isinstance(_head_weight(model), torch.Tensor)
         _skip_padding_warning(model)
 
@@ -280,12 +280,18 @@ class Backbone(nn.Module):
 
     def head(self) -> Head:
         """Return the map from `hidden` to logits. Its tensors are views of the parameters, cut to `vocab` rows."""
+        head = self.full_head()
+        if head.weight_VD is None or head.weight_VD.shape[0] <= self.vocab:
+            return head
+        bias_V = None if head.bias_V is None else head.bias_V[: self.vocab]
+        return replace(head, weight_VD=head.weight_VD[: self.vocab], bias_V=bias_V)
+
+    def full_head(self) -> Head:
+        """Return `head` with every row of the model's matrix."""
         if self.own_logits:
             return Head(None)
-        weight, bias = _head_weight(self.model), getattr(self.model.get_output_embeddings(), "bias", None)
-        if weight.shape[0] > self.vocab:
-            weight, bias = weight[: self.vocab], None if bias is None else bias[: self.vocab]
-        return Head(weight, bias, self._scale, self._softcap)
+        bias = getattr(self.model.get_output_embeddings(), "bias", None)
+        return Head(_head_weight(self.model), bias, self.head_scale, self.head_softcap)
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Return float32 logits [N, vocab], computed by the model's own forward at every position."""
@@ -417,6 +423,22 @@ class Backbone(nn.Module):
                 previous = live.detach().to("cpu", copy=True)
                 live.copy_(state[name])
                 state[name] = previous
+
+    def fingerprint(self) -> str:
+        """Return a digest of some numbers of each weight.
+
+        They are rounded to bf16 first, since `auto` may load another dtype on another device.
+        """
+        return weights_fingerprint(self.model.state_dict().items(), torch.bfloat16)
+
+    def on_device(self) -> AbstractContextManager[None]:
+        """Return a context inside which the weights are on ``device``. They are, unless they are offloaded."""
+        return nullcontext()
+
+    @property
+    def is_dispatched(self) -> bool:
+        """Return whether accelerate moves the layers, so that the weights cannot be moved or released."""
+        return False
 
     @property
     def is_quantized(self) -> bool:

@@ -6,6 +6,8 @@ Local directories need no network, and code in a checkpoint is never run.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,7 @@ def load_backbone(
     tokenizers: TokenizerCache | None = None,
     dropout: float | None = None,
     quantize: str = "none",
+    dispatch: Mapping[str, Any] | None = None,
     train: AdapterConfig | None = None,
     listener: Listener = silent,
 ) -> Backbone:
@@ -120,8 +123,9 @@ def load_backbone(
 
     path: of a model, or of a LoRA adapter, which is merged into its base model. train: the adapter is not merged, to
     continue its training. tokenizer: replaces the model's own. tokenizers: cache from which the model's own is read.
-    dropout: value of every dropout. quantize: 8bit or 4bit; an adapter is not merged into such weights. Raises
-    ModelError, with the cause, for anything but a complete checkpoint of such a model.
+    dropout: value of every dropout. quantize: 8bit or 4bit; an adapter is not merged into such weights. dispatch: arguments
+    with which transformers spreads the weights over devices, in place of moving them to ``device``. Raises ModelError, with
+    the cause, for anything but a complete checkpoint of such a model.
     """
     check_quantize(quantize, device)
     task = f"loading {path}"
@@ -137,12 +141,16 @@ def load_backbone(
     if dropout is not None:
         set_dropout(config, dropout, where=path)
     quantization = {} if quantize == "none" else quantization_arguments(quantize, dtype, device)
-    model = _load_weights(base, config, dtype, base_revision, **quantization)
+    if dispatch and adapters:
+        what = f"{path} is an adapter, and cannot be merged into weights on several devices"
+        raise ModelError("model.cannot_place", what, hint="merge it first, or try --set teacher.device_map=cpu")
+    placed = quantization or dispatch
+    model = _load_weights(base, config, dtype, base_revision, **quantization, **(dispatch or {}))
     directory = Path(locate_model(base)[0])
     if directory.is_dir():
         _warn_of_edits(directory, listener)
-    model, adapter = _with_adapters(model if quantization else model.to(device), adapters, base, base_revision, train)
-    _read_generation_config([*adapters, ModelLocation(base, False, base_revision)], model)
+    model, adapter = _with_adapters(model if placed else model.to(device), adapters, base, base_revision, train)
+    read_generation_config([*adapters, ModelLocation(base, False, base_revision)], model)
     model.eval()
     if not quantization:  # 8-bit rounding depends on the other tokens, which would look like non-causal attention
         check_causal(path, model)
@@ -188,7 +196,7 @@ def _with_adapters(
     return model, None
 
 
-def _read_generation_config(locations: list[ModelLocation], model: PreTrainedModel) -> None:
+def read_generation_config(locations: SequenceOf[ModelLocation], model: PreTrainedModel) -> None:
     """Set the model's generation config (the end tokens of responses) from the outermost location with one.
 
     locations: of adapters and, last, of their model. An adapter that was trained with a chat template ends responses
@@ -275,7 +283,8 @@ def check_causal(path: str, model: PreTrainedModel) -> None:
     Raises ModelError for BERT and similar models, which also load as causal models, and for a composite model that does
     not run without images. In an encoder-decoder, the decoder must be causal.
     """
-    ids_BT = torch.arange(1, 9, device=model.device).repeat(2, 1) % model.get_input_embeddings().weight.shape[0]
+    device = next((p.device for p in model.parameters() if p.device.type != "meta"), "cpu")  # meta: in other memory
+    ids_BT = torch.arange(1, 9, device=device).repeat(2, 1) % model.get_input_embeddings().weight.shape[0]
     ids_BT[1, -1] = 0
     inputs = {"input_ids": ids_BT}
     if model.config.is_encoder_decoder:

@@ -29,6 +29,7 @@ from distillm_cli.models.layers import build_from_layers, check_can_copy
 from distillm_cli.models.loading import check_causal, load_backbone, load_config
 from distillm_cli.models.lora_targets import frozen_parts
 from distillm_cli.models.model_paths import adapter_chain, locate_model, portable_name
+from distillm_cli.models.placement import PlacedTeacher, dispatch_arguments
 from distillm_cli.models.students import (
     adopt_special_tokens,
     build_from_config,
@@ -50,7 +51,9 @@ from distillm_cli.models.trained_tokenizers import (
     load_or_train_tokenizer,
     lost_features,
 )
+from distillm_cli.models.unloaded import UnloadedTeacher, find_record, load_unloaded
 from distillm_cli.training.events import Listener, Note, Warned, silent
+from distillm_cli.utils.storage import cache_root
 from distillm_cli.utils.text import counted
 
 if TYPE_CHECKING:
@@ -118,7 +121,9 @@ def load_pair(
             tokenizer = _student_tokenizer(recipe.student, texts, tokenizers)
             teacher = _build_teacher(recipe, tokenizer, device)
         else:
-            teacher = _load_teacher(recipe, device, listener, tokenizers)
+            teacher = _load_head(recipe, device, listener, tokenizers) or _load_teacher(
+                recipe, device, listener, tokenizers
+            )
     student = create_student(
         recipe.student,
         seed=recipe.train.seed,
@@ -170,18 +175,18 @@ def _load_teacher(
     device: torch.device,
     listener: Listener = silent,
     tokenizers: TokenizerCache | None = None,
-    *,
-    quantize: bool = True,
 ) -> Backbone:
     """Load the recipe's teacher: frozen, or in float32 and with the student's dropout if all of its weights are trained."""
     teacher = recipe.teacher
+    in_host_memory = teacher.offload or teacher.device_map == "cpu"
     model = load_backbone(
         teacher.path,
-        dtype=resolve_dtype(recipe.teacher_dtype, device),
-        device=device,
+        dtype=_teacher_dtype(recipe, device),
+        device=torch.device("cpu") if in_host_memory else device,
         revision=teacher.revision,
         dropout=recipe.student.dropout if recipe.ctcd.enabled else None,
-        quantize=teacher.quantize if quantize else "none",
+        quantize=teacher.quantize,
+        dispatch=dispatch_arguments(teacher, device),
         tokenizers=tokenizers,
         listener=listener,
     )
@@ -189,7 +194,31 @@ def _load_teacher(
         freeze_rest(model.model)
     else:
         model.requires_grad_(False)
+    if teacher.offload or teacher.device_map != "none":
+        return PlacedTeacher(model, device, is_offloaded=teacher.offload)
     return model
+
+
+def _teacher_dtype(recipe: schema.Recipe, device: torch.device) -> torch.dtype:
+    """Return the dtype of the teacher's weights, for the device that it computes on."""
+    return resolve_dtype(recipe.teacher_dtype, torch.device("cpu") if recipe.teacher.device_map == "cpu" else device)
+
+
+def _load_head(
+    recipe: schema.Recipe, device: torch.device, listener: Listener, tokenizers: TokenizerCache
+) -> UnloadedTeacher | None:
+    """Load the teacher's head alone, for a run that may read all states from a cache; None if it needs the model."""
+    teacher = recipe.teacher
+    if not recipe.may_read_all_states or teacher.revision is not None:
+        return None
+    dtype = _teacher_dtype(recipe, device)
+    record = find_record(cache_root("teacher", teacher.cache_dir), teacher.path, dtype)
+    if record is None:
+        return None
+    tokenizer = tokenizers.load(teacher.path, None)
+    return load_unloaded(
+        teacher.path, record, tokenizer, dtype, device, lambda: _load_teacher(recipe, device, listener, tokenizers)
+    )
 
 
 def _build_teacher(recipe: schema.Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Backbone:
@@ -237,7 +266,8 @@ def _load_origin(recipe: schema.Recipe, listener: Listener = silent) -> Backbone
     """Load the model that a student is built from, if it is not the loaded teacher; None for a student that is loaded."""
     if recipe.teacher.path is None or not recipe.student.is_built:
         return None
-    return _load_teacher(recipe, torch.device("cpu"), listener, quantize=False)
+    teacher = recipe.teacher.model_copy(update={"quantize": "none", "device_map": "none", "offload": False})
+    return _load_teacher(recipe.model_copy(update={"teacher": teacher}), torch.device("cpu"), listener)
 
 
 def _share_tokens(teacher: Backbone, student: Backbone) -> None:

@@ -76,8 +76,9 @@ class Sizes:
     of one token; of a mixture of experts, those of the experts per token. head_in × vocab: the head's product.
     attention, kv: widths of all query heads, and of all key-value heads, in a layer. dropout_heads: query heads of a
     layer, if attention has dropout. repeated: of ``matmul``, the weights of layers that run again. adapted: weights of the
-    layers that have a LoRA adapter, and rank: the adapter's. encoder: of an encoder-decoder, whose layers and matmul are
-    then the decoder's alone.
+    layers that have a LoRA adapter, and rank: the adapter's. factored: numbers of Adafactor's moment of the trainable
+    parameters, a row and a column for each matrix. encoder: of an encoder-decoder, whose layers and matmul are then the
+    decoder's alone.
     """
 
     kind: str
@@ -94,6 +95,7 @@ class Sizes:
     parameters: dict[str, int] = field(default_factory=dict)
     adapted: int = 0
     rank: int = 0
+    factored: int = 0
     encoder: EncoderSizes | None = None
 
     @property
@@ -189,9 +191,16 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
             "trainable": sum(p.numel() for p in every if p.requires_grad),
         },
         adapted=sum(getattr(m.get_base_layer(), parameter_of(m)).numel() for m in adapters),
+        factored=sum(_factored(p) for p in every if p.requires_grad),
         rank=max((max(module.r.values()) for module in adapters), default=0),
         encoder=encoder,
     )
+
+
+def _factored(parameter: nn.Parameter) -> int:
+    """Return how many numbers Adafactor stores for the second moment of a parameter."""
+    n = parameter.numel()
+    return n if parameter.dim() < 2 else n // parameter.shape[-1] + n // parameter.shape[-2]
 
 
 def has_weights(path: str) -> bool:

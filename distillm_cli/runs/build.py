@@ -91,7 +91,7 @@ def build_trainer(
 
     @contextmanager
     def teacher_sampling() -> Iterator[None]:
-        with eval_mode(student_loss):  # a teacher that is trained has dropout
+        with eval_mode(student_loss), run.teacher.on_device():  # a teacher that is trained has dropout
             yield
 
     @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.errors import Interrupted, UsageError, signal_number
+from distillm_cli.models.unloaded import UnloadedTeacher, write_record
 from distillm_cli.runs.build import new_scheduler
 from distillm_cli.runs.cache_size import CacheSize, CacheWorkload, uses_rows
 from distillm_cli.runs.prepare import Prepared, new_order, prepare
@@ -25,8 +27,9 @@ from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.teachers.teacher_cache import CacheKey
 from distillm_cli.training.distributed import in_first_process
 from distillm_cli.training.events import Listener, Note, Warned
-from distillm_cli.types import Sequence, collate
+from distillm_cli.types import Sequence, collate, rows_digest
 from distillm_cli.utils.memory import available_memory
+from distillm_cli.utils.storage import cache_root
 from distillm_cli.utils.text import counted, format_count
 
 if TYPE_CHECKING:
@@ -116,12 +119,14 @@ def open_teacher(
         order = new_order(run.recipe, run.train)  # not the run's: an order has the state of one epoch
         rows = HiddenStateTable.shared(run.train.sequences, _one_state(run))
         composition = BatchComposition(
-            lambda step: [run.train.sequences[i] for i in order.batch(step)],
+            order.batch,
             steps=order.steps_per_epoch,
             rows=run.train.sequences,
             max_rows=run.recipe.train.batch_size,
             pass_overhead=run.pass_overhead,
         )
+    if isinstance(model, UnloadedTeacher) and not model.is_whole:
+        listener(Note("loaded only the teacher's head: all of its states are cached"))
     schedule = new_scheduler(run)
     samples = schedule.config.uses_student_outputs or schedule.config.uses_teacher_samples
     validation = _validation_rows(run)
@@ -134,7 +139,7 @@ def open_teacher(
         validation=HiddenStateTable.shared(validation, _one_state(run)) if validation else None,
         # Quantized weights are not plain tensors that could be released one by one.
         releases_model=rows is not None
-        and not (samples or model.is_quantized or run.recipe.runs_teacher_on_embeddings),
+        and not (samples or model.is_quantized or model.is_dispatched or run.recipe.runs_teacher_on_embeddings),
     )
     teacher.tokens = computed_tokens
     return TeacherHandle(teacher, cache_plan, hit)
@@ -207,7 +212,7 @@ def workload_of(run: Prepared) -> CacheWorkload:
         row_tokens=run.train.tokens,
         steps=run.steps,
         steps_per_epoch=run.order.steps_per_epoch,
-        validation_tokens=sum(s.supervised for s in run.valid.sequences),
+        validation_tokens=run.valid.tokens,
         sample_tokens=sample_tokens,
     )
 
@@ -251,7 +256,7 @@ def _existing_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan | Non
     if not (uses_rows(run.recipe) and root.is_dir()):
         return None
     # Computing the teacher's digest reads its weights: compare the rows' digest first, which is in the name.
-    is_named = any(root.glob(f"*-{teacher_cache.rows_digest(run.train.sequences)[:16]}"))
+    is_named = any(root.glob(f"*-{rows_digest(run.train.sequences)[:16]}"))
     if not is_named and not (root / teacher_cache.METADATA).exists():
         return None
     disk = _disk_cache(run, workload)
@@ -262,10 +267,19 @@ def _existing_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan | Non
 def _disk_cache(run: Prepared, workload: CacheWorkload) -> DiskCache:
     """Return the cache on disk of this teacher and these rows. Raises UsageError where the run trains on no rows."""
     check_rows(run.recipe)
-    teacher_digest = teacher_cache.teacher_digest(run.teacher, _config_json(run.teacher))
-    key = CacheKey(teacher_digest, teacher_cache.rows_digest(run.train.sequences))
+    key = CacheKey(_teacher_digest(run.teacher), rows_digest(run.train.sequences))
     place = teacher_cache.cache_directory(_root(run), key)
     return DiskCache(place, key, exists=place.exists(), size=workload.size("disk").rows)
+
+
+def _teacher_digest(teacher: Backbone) -> str:
+    """Return the teacher's digest: the recorded one if only its head is loaded."""
+    if isinstance(teacher, UnloadedTeacher):
+        recorded = teacher.record.digests.get(str(teacher.vocab))
+        if recorded is not None:
+            return recorded
+        teacher = teacher.whole
+    return teacher_cache.teacher_digest(teacher, _config_json(teacher))
 
 
 def _planned_on_disk(run: Prepared, disk: DiskCache, workload: CacheWorkload) -> CachePlan:
@@ -284,18 +298,22 @@ def _read_or_compute(
         names = {"teacher": str(run.recipe.teacher.path), "data": run.train_rows.name}
         if run.recipe.data.date is not None:
             names["date"] = run.recipe.data.date
-        is_new = teacher_cache.write_cache(
-            disk.place,
-            disk.key,
-            teacher,
-            sequences,
-            run.device,
-            listener,
-            of=names,
-            size=disk.size,
-            rebuild=rebuild,
-        )
+        with run.teacher.on_device():
+            is_new = teacher_cache.write_cache(
+                disk.place,
+                disk.key,
+                teacher,
+                sequences,
+                run.device,
+                listener,
+                of=names,
+                size=disk.size,
+                rebuild=rebuild,
+            )
     table = teacher_cache.read_cache(disk.place, disk.key, sequences, listener)
+    if disk.place != _root(run) and not isinstance(run.teacher, UnloadedTeacher):
+        path = str(run.recipe.teacher.path)
+        write_record(_root(run), path, run.teacher, disk.key.teacher, _bytes_per_token(run))
     return table, not is_new, teacher.tokens
 
 
@@ -308,17 +326,20 @@ def disk_free(place: Path) -> int | None:
 
 
 def _root(run: Prepared) -> Path:
-    return teacher_cache.cache_root(run.recipe.teacher.cache_dir)
+    return cache_root("teacher", run.recipe.teacher.cache_dir)
 
 
-def _validation_rows(run: Prepared) -> list[Sequence]:
+def _validation_rows(run: Prepared) -> SequenceOf[Sequence]:
     """Return the validation rows whose states are cached: all if a divergence is measured on them, else none."""
     recipe = run.recipe
     is_measured = recipe.train.select == "valid_divergence" or bool(recipe.schedule.measures)
-    return run.valid.sequences if is_measured else []
+    return run.valid.sequences if is_measured else ()
 
 
 def _bytes_per_token(run: Prepared) -> int:
+    """Return the bytes of one token's state, measured: for some models it is the logits, in a dtype of their own."""
+    if isinstance(run.teacher, UnloadedTeacher):
+        return run.teacher.record.state_bytes
     state_ND = _one_state(run)
     return state_ND.shape[1] * state_ND.element_size()
 

@@ -66,8 +66,8 @@ class Workload:
 
     itemsize: bytes of the compute dtype. teacher_itemsize: of the teacher's weights. cached_bytes: the teacher's hidden
     states in memory, by part. caches_rows: the teacher computes each row once. caches_samples: its states of sampled
-    sequences are cached too. stages: those before the distillation, by name. labelling: work for each step of one epoch,
-    before the first step.
+    sequences are cached too. has_head_only: of the teacher only the head is loaded, since its states are cached. stages:
+    those before the distillation, by name. labelling: work for each step of one epoch, before the first step.
     """
 
     recipe: Recipe
@@ -81,6 +81,7 @@ class Workload:
     cached_bytes: Mapping[str, int] | None = None
     caches_rows: bool = False
     caches_samples: bool = True
+    has_head_only: bool = False
     stages: Mapping[str, Workload] = field(default_factory=dict)
     labelling: Work = ()
 
@@ -142,12 +143,12 @@ class Workload:
 
 
 def memory(run: Workload) -> dict[str, int]:
-    """Return the bytes of each part. Weights, gradients and optimizer are counted exactly (AdamW: two float32 moments).
+    """Return the bytes of each part. Weights, gradients and optimizer are counted exactly (``_optimizer_bytes``).
 
     Activations: of one micro-batch of the longest rows, 34 values per position, layer and unit of width (saved tensors of
-    GPT-2, OPT, Llama and Qwen 3, without attention scores, are 19 to 36). With gradient checkpointing 2, and 34 for the one
-    layer that is recomputed. Attention scores are added if attention on a CPU saves them (``_attention_score_bytes``). A
-    teacher that is trained is counted in the same way.
+    GPT-2, OPT, Llama and Qwen 3, without attention scores, are 19 to 36). With gradient checkpointing 2, which may be in
+    host memory, and 34 for the one layer that is recomputed. Attention scores are added if attention on a CPU saves them
+    (``_attention_score_bytes``). A teacher that is trained is counted in the same way.
 
     Adapters of every linear layer add 9, their inputs in float32, and 15 more in GPT-2, whose GELU is many operations.
 
@@ -173,7 +174,7 @@ def memory(run: Workload) -> dict[str, int]:
     parts = {
         "student_weights": 4 * total,
         "gradients": 4 * trainable,
-        "optimizer": 8 * trainable,
+        "optimizer": _optimizer_bytes(run, student),
         "cast_weights": (student.matrices - student.repeated) * run.itemsize if run.itemsize < 4 else 0,
         "activations": round(_activation_passes(run) * _activation_bytes(run, student, run.itemsize, longest)),
         "loss": work_bytes(positions, run.vocab, run.itemsize, run.device) + _head_gradient_bytes(run, student),
@@ -182,8 +183,13 @@ def memory(run: Workload) -> dict[str, int]:
         teacher = run.teacher
         bits = {"none": 8 * run.teacher_itemsize, "8bit": 8, "4bit": 4}[recipe.teacher.quantize]  # of linear layers
         others = teacher.parameters["total"] - teacher.matrices
-        parts["teacher_weights"] = others * run.teacher_itemsize + teacher.matrices * bits // 8
-        if run.device == "cpu" and run.teacher_itemsize == 2 and has_layouts(teacher.kind, teacher.parameters["total"]):
+        parts |= _teacher_weight_bytes(run, others * run.teacher_itemsize + teacher.matrices * bits // 8)
+        if (
+            not run.has_head_only
+            and run.device == "cpu"
+            and run.teacher_itemsize == 2
+            and has_layouts(teacher.kind, teacher.parameters["total"])
+        ):
             parts["teacher_layouts"] = teacher.matmul * run.teacher_itemsize
         parts["teacher_activations"] = (
             positions * teacher.width * run.teacher_itemsize * 8
@@ -192,6 +198,9 @@ def memory(run: Workload) -> dict[str, int]:
         parts |= _trained_teacher_bytes(run, run.teacher, longest)
         if not run.teacher.adapted:
             parts["loss"] += _head_gradient_bytes(run, run.teacher)
+    if recipe.train.gradient_checkpointing and recipe.train.offload_activations:
+        host = 2 * run.itemsize * student.all_layers * student.width * run.micro_batch * longest
+        parts["host_activations"] = round(_activation_passes(run) * host)
     parts |= run.cached_bytes or {}
     positions = run.sequences * recipe.rollout.bulk * longest
     if run.student_samples:
@@ -212,13 +221,55 @@ def memory(run: Workload) -> dict[str, int]:
     return {name: size for name, size in parts.items() if size}
 
 
+def _optimizer_bytes(run: Workload, model: Sizes) -> int:
+    """Return the bytes of the optimizer's state, in float32 unless it has 8 bits.
+
+    AdamW has two moments of each parameter. bitsandbytes has 8-bit moments and a float32 scale for each 256 of them.
+    Adafactor has a row and a column for each matrix.
+    """
+    trainable = model.parameters["trainable"]
+    match run.recipe.train.optimizer:
+        case "adafactor":
+            return 4 * model.factored
+        case "adamw_8bit" | "paged_adamw_8bit":
+            return 2 * (trainable + 4 * trainable // 256)
+        case _:
+            return 8 * trainable
+
+
+def _teacher_weight_bytes(run: Workload, size: int) -> dict[str, int]:
+    """Return the bytes of a frozen teacher's weights, by their place. size: of all weights.
+
+    The head of a teacher that is not whole on the device is there too. In a run on the CPU the weights beyond
+    ``teacher.max_memory`` stay on disk.
+    """
+    assert run.teacher is not None
+    config = run.recipe.teacher
+    head = run.vocab * run.teacher.head_in * run.teacher_itemsize
+    if run.has_head_only:
+        return {"teacher_weights": head}
+    is_cpu = run.device == "cpu"
+    if config.offload and not is_cpu:
+        return {"teacher_head": head, "offloaded_teacher": size, "host_teacher_weights": size}
+    if config.device_map == "none" or (config.device_map == "cpu" and is_cpu):
+        return {"teacher_weights": size}
+    on_device = 0 if config.device_map == "cpu" else size
+    if on_device and config.max_memory is not None:
+        on_device = min(size, round(config.max_memory * 1e9))
+    return {
+        "teacher_head": head,
+        "teacher_weights": on_device,
+        "host_teacher_weights": 0 if is_cpu else size - on_device,
+    }
+
+
 def _trained_teacher_bytes(run: Workload, teacher: Sizes, longest: int) -> dict[str, int]:
     """Return the bytes that a teacher needs, besides its weights, because it is trained: an adapter in it, or all of it."""
     trainable = teacher.parameters["trainable"]
     itemsize = run.trained_teacher_itemsize
     return {
         "teacher_gradients": 4 * trainable,
-        "teacher_optimizer": 8 * trainable,
+        "teacher_optimizer": _optimizer_bytes(run, teacher),
         "teacher_cast_weights": teacher.matrices * itemsize if itemsize < run.teacher_itemsize else 0,
         "teacher_activations": _activation_bytes(run, teacher, itemsize, longest),
     }
@@ -235,7 +286,8 @@ def _activation_bytes(run: Workload, model: Sizes, itemsize: int, longest: int) 
     adapter_bytes = 4 * family_of(model.kind).values_under_adapter * model.adapted / max(1, model.matrices)
     saved = layers * (34 * itemsize + adapter_bytes)
     if run.recomputes(model):
-        saved = saved / layers + layers * 2 * itemsize
+        inputs = 0 if run.recipe.train.offload_activations else layers * 2 * itemsize
+        saved = saved / layers + inputs
     return round(run.micro_batch * longest * model.width * saved) + _attention_score_bytes(run, model, longest)
 
 
@@ -273,19 +325,19 @@ def _activation_passes(run: Workload) -> float:
 _STEP_PARTS = (
     "gradients", "cast_weights", "activations", "loss", "teacher_activations", "teacher_gradients", "teacher_cast_weights",
 )  # fmt: skip
+_TEACHER_PARTS = ("offloaded_teacher",)
 _SAMPLING_PARTS = ("rollout_weights", "rollout_cache", "teacher_rollout_cache")
 
 
 def peak_memory(parts: Mapping[str, int], device: str) -> int:
-    """Return the peak memory in bytes. A training step and the sampling before it do not overlap.
+    """Return the peak memory in bytes. A step, the sampling before it and an offloaded teacher's pass do not overlap.
 
     On a CPU all parts add up: the allocator keeps freed memory for tensors of the same sizes (`host.keep_freed_memory`).
     """
     if device == "cpu":
         return sum(parts.values())
-    step_bytes = sum(parts.get(name, 0) for name in _STEP_PARTS)
-    sampling_bytes = sum(parts.get(name, 0) for name in _SAMPLING_PARTS)
-    return sum(parts.values()) - min(step_bytes, sampling_bytes)
+    phases = [sum(parts.get(name, 0) for name in names) for names in (_STEP_PARTS, _SAMPLING_PARTS, _TEACHER_PARTS)]
+    return sum(parts.values()) - sum(phases) + max(phases)
 
 
 def decoding_copy_bytes(student: Sizes, itemsize: int) -> int:
@@ -434,7 +486,8 @@ def _training_work_of(run: Workload, model: Sizes, response: float, itemsize: in
     """Return the work of training a model on a step's sequences: forward and backward pass, and the optimizer's update.
 
     Gradients of the activations cost as much as the forward pass, and so do those of the weights, for the share that is
-    trained. Gradient checkpointing adds one more forward pass. The optimizer reads and writes 28 bytes per parameter.
+    trained. Gradient checkpointing adds one more forward pass. The optimizer reads gradients, and reads and writes weights
+    and moments: 28 bytes per parameter with AdamW, 16 with 8-bit moments or Adafactor.
     """
     recomputes = run.recomputes(model)
     forward = forward_flops(model, run.sequences, run.lengths.prompt, response, 0, run.vocab)
@@ -446,7 +499,8 @@ def _training_work_of(run: Workload, model: Sizes, response: float, itemsize: in
         launch_s=_micro_batches(run) * model.all_layers * launch_s,
         itemsize=itemsize,
     )
-    return both_passes, Part(traffic=28 * model.parameters["trainable"])
+    per_parameter = 28 if run.recipe.train.optimizer == "adamw" else 16
+    return both_passes, Part(traffic=per_parameter * model.parameters["trainable"])
 
 
 def _log_prob_work(run: Workload, response: float) -> Work:

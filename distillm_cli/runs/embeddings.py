@@ -41,10 +41,12 @@ from distillm_cli.extras.disco import (
     embed_together,
 )
 from distillm_cli.losses.student_loss import StudentLoss
+from distillm_cli.models.activations import offload_activations
 from distillm_cli.models.devices import dtype_name, resolve_device, resolve_dtype
 from distillm_cli.models.layers import build_trunk_from_layers
 from distillm_cli.models.loading import read_config
 from distillm_cli.models.model_paths import locate_model
+from distillm_cli.models.placement import check_offload
 from distillm_cli.models.sentence import (
     SentenceEncoder,
     check_vocabulary,
@@ -73,7 +75,6 @@ from distillm_cli.runs.resume import (
 from distillm_cli.runs.run_results import FineTuned, Outcome, PlanResult, TrainResult, TrainSummary
 from distillm_cli.runs.start import TrainOptions
 from distillm_cli.runs.train import interrupted, report_checkpoints
-from distillm_cli.teachers.teacher_cache import rows_digest
 from distillm_cli.training.checkpoint import Checkpoint, Checkpoints, read_checkpoint
 from distillm_cli.training.distributed import launched_processes, world
 from distillm_cli.training.events import Event, Listener, Note, Warned, silent
@@ -81,9 +82,10 @@ from distillm_cli.training.metrics_log import new_metrics_log
 from distillm_cli.training.state import RunInfo, TrainerState
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.training.validation import Validator
-from distillm_cli.types import Sequence, pass_overhead
+from distillm_cli.types import Sequence, pass_overhead, rows_digest
 from distillm_cli.utils.memory import keep_freed_memory, resume_garbage_collection
 from distillm_cli.utils.modules import weights_fingerprint
+from distillm_cli.utils.optimizers import check_optimizer
 from distillm_cli.utils.signals import received_signal
 from distillm_cli.utils.text import counted
 from distillm_cli.utils.threads import set_threads
@@ -270,6 +272,8 @@ def prepare_embeddings(recipe: Recipe, listener: Listener) -> EmbeddingRun:
     set_threads(recipe.train.threads, listener)
     torch.manual_seed(recipe.train.seed)
     device = resolve_device(recipe.train.device)
+    check_optimizer(recipe.train.optimizer, device)
+    check_offload(recipe, device)
     assert recipe.teacher.path is not None
     pooling = recipe.disco.pooling
     read_declared(recipe.teacher.path, recipe.teacher.revision, pooling=pooling)  # before rows and weights
@@ -296,6 +300,8 @@ def prepare_embeddings(recipe: Recipe, listener: Listener) -> EmbeddingRun:
     student = new_student(listener)
     if recipe.train.gradient_checkpointing:
         student.model.gradient_checkpointing_enable()
+        if recipe.train.offload_activations:
+            offload_activations(student.model)
     texts = distinct_sentences(rows)
     held_out_texts = distinct_sentences(valid_rows)
     same = student.tokenizer is teacher.tokenizer and student.prompt == teacher.prompt

@@ -89,8 +89,8 @@ def with_mask_rows(run: Prepared) -> Prepared:
     count = max(1, round(run.recipe.robustkd.mask_rows * len(run.train)))
     chosen = np.random.default_rng(run.recipe.train.seed + _SEED).choice(len(run.train), count, replace=False)
     chosen.sort()
-    sequences = [replace(run.train.sequences[i], row=row) for row, i in enumerate(chosen)]
-    return replace(run, train=Examples(sequences, [run.train.rows[i] for i in chosen]))
+    sequences = [replace(run.train.sequences[int(i)], row=row, table=None) for row, i in enumerate(chosen)]
+    return replace(run, train=Examples(sequences, [run.train.rows[int(i)] for i in chosen]))
 
 
 def _trainer(run: Prepared, job: StageJob, masks: MaskTraining, listener: Listener) -> Trainer:

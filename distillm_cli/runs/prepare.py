@@ -23,21 +23,26 @@ from distillm_cli.data.sources import Rows, overlap
 from distillm_cli.data.teacher_samples import encode_teacher_samples, read_teacher_samples
 from distillm_cli.data.templates import Renderer, resolve_auto_template
 from distillm_cli.data.token_ids import Affixes
+from distillm_cli.data.token_store import open_tokens
 from distillm_cli.errors import DataError, ModelError
 from distillm_cli.models import router
+from distillm_cli.models.activations import checkpoint_activations
 from distillm_cli.models.chat_format import add_stop_tokens, generation_config
 from distillm_cli.models.composite import copy_processor, is_composite
 from distillm_cli.models.devices import resolve_device, resolve_dtype
 from distillm_cli.models.model_families import longrope_bound
+from distillm_cli.models.placement import check_offload
 from distillm_cli.models.shared import save_plain
 from distillm_cli.models.tokenizer_files import TokenizerCache, quiet
 from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
-from distillm_cli.teachers.teacher_cache import cache_root, cached_date, rows_digest
+from distillm_cli.teachers.teacher_cache import cached_date
 from distillm_cli.training.distributed import in_first_process
 from distillm_cli.training.events import Listener, Note, Warned
-from distillm_cli.types import Rollout, Sequence, collate, pass_overhead
+from distillm_cli.types import Rollout, Sequence, collate, pass_overhead, rows_digest
 from distillm_cli.utils.memory import resume_garbage_collection, return_freed_memory
 from distillm_cli.utils.modules import weights_fingerprint
+from distillm_cli.utils.optimizers import check_optimizer
+from distillm_cli.utils.storage import cache_root
 from distillm_cli.utils.text import counted
 from distillm_cli.utils.threads import set_threads
 
@@ -207,6 +212,8 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
     set_threads(recipe.train.threads, listener)
     torch.manual_seed(recipe.train.seed)
     device = resolve_device(recipe.train.device)
+    check_optimizer(recipe.train.optimizer, device)
+    check_offload(recipe, device)
     train_rows, valid_rows = _read_rows(recipe, prefetcher, listener)
     sample_rows = None
     if recipe.data.teacher_samples is not None:
@@ -231,15 +238,18 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
     _warn_of_longrope(pair, min(longest, context or longest), listener)
     train_ids = partial(prefetcher.take, "train", pair.tokenizer)
     valid_ids = partial(prefetcher.take, "valid", pair.tokenizer)
-    train = tokenize(train_rows, encoder, data, listener, context, train_ids)
+    if train_rows.are_stored:
+        train = open_tokens(train_rows, encoder, listener, context)
+    else:
+        train = tokenize(train_rows, encoder, data, listener, context, train_ids)
     valid = tokenize(valid_rows, encoder, data, listener, context, valid_ids)
     prefetcher.close()
     for model in pair.models.values():
         add_stop_tokens(model, sorted(train.end_ids - encoder.end_ids), after=True)
     if recipe.train.gradient_checkpointing:
-        _checkpoint_activations(pair.student)
+        checkpoint_activations(pair.student, offload=recipe.train.offload_activations)
         if recipe.ctcd.enabled and pair.teacher is not None:
-            _checkpoint_activations(pair.teacher)
+            checkpoint_activations(pair.teacher, offload=recipe.train.offload_activations)
     return Prepared(
         recipe=recipe,
         listener=listener,
@@ -253,7 +263,7 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
         valid=valid,
         initial_weights=_initial_weights(pair.student),
         teacher_samples=None if sample_rows is None else encode_teacher_samples(sample_rows, train, encoder, context),
-        model_fingerprints=_fingerprints(pair),
+        model_fingerprints={role: model.fingerprint() for role, model in pair.models.items()},
         resolved_values=resolved_values,
         router_aux=router_aux,
     )
@@ -277,17 +287,6 @@ def _initial_weights(student: Backbone) -> Callable[[], Mapping[str, torch.Tenso
         return None
     initial = {name: weight.to("cpu", copy=True) for name, weight in student.state().items()}
     return initial.copy
-
-
-def _fingerprints(pair: Pair) -> dict[str, str]:
-    """Return the models' fingerprints by role.
-
-    Weights are rounded to bf16 first, since `auto` may load another dtype on another device.
-    """
-    return {
-        role: weights_fingerprint(backbone.model.state_dict().items(), torch.bfloat16)
-        for role, backbone in pair.models.items()
-    }
 
 
 def texts_of(rows: Iterable[Row], data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:
@@ -341,19 +340,19 @@ def _encoder(
     if "data.date" in chosen and (chat is None or not chat.uses_date):
         del chosen["data.date"]
         data = data.model_copy(update={"date": None})
-    set_stop_tokens(pair, encoder, any(encoder.renderer.form(row) == "chat" for row in rows), listener)
+    set_stop_tokens(pair, encoder, any(encoder.renderer.form(row) == "chat" for row in rows.kinds), listener)
     return data, encoder, chosen
 
 
 def _chosen_template(data: DataConfig, pair: Pair, rows: Rows, listener: Listener) -> tuple[str, str] | None:
     """Return the template for rows and its origin if it is not set in the recipe; else None."""
     both_chat = all(template is not None for template in pair.templates.values())
-    selected = resolve_auto_template(rows, both_chat) if data.template == "auto" else None
+    selected = resolve_auto_template(rows.kinds, both_chat) if data.template == "auto" else None
     if selected is None:
         return None
     template, why = selected
     other = {"chat": "alpaca", "alpaca": "chat"}.get(template)
-    has_choice = other is not None and both_chat and any(row.messages is None for row in rows)
+    has_choice = other is not None and both_chat and any(row.messages is None for row in rows.kinds)
     choice = f"; --set data.template={other} selects the other one" if has_choice else ""
     listener(Note(f"template {template}: {why}{choice}"))
     return template, f"auto: {why}"
@@ -363,7 +362,7 @@ def _chosen_template(data: DataConfig, pair: Pair, rows: Rows, listener: Listene
 def _chosen_date(recipe: Recipe, data: str) -> tuple[str, str]:
     """Return the date for chat templates and its origin, if it is not set in the recipe."""
     if recipe.method != "sft" and recipe.teacher.cache in ("disk", "auto"):
-        cache_date = cached_date(cache_root(recipe.teacher.cache_dir), str(recipe.teacher.path), data)
+        cache_date = cached_date(cache_root("teacher", recipe.teacher.cache_dir), str(recipe.teacher.path), data)
         if cache_date is not None:
             return cache_date, "the teacher cache"
     return date.today().isoformat(), "start of the run"
@@ -396,13 +395,6 @@ def new_order(recipe: Recipe, examples: Examples) -> Order:
     """Return the order in which the recipe trains on these examples."""
     train = recipe.train
     return Order(examples.lengths, train.batch_size * train.accumulate, train.seed, bucket=recipe.data.bucket)
-
-
-def _checkpoint_activations(student: Backbone) -> None:
-    enable = getattr(
-        student.model, "activation_checkpointing_enable", None
-    )  # transformers 5.2x; earlier versions use the other name
-    (enable or student.model.gradient_checkpointing_enable)()
 
 
 def _warn_of_longrope(pair: Pair, longest: int, listener: Listener) -> None:

@@ -131,7 +131,7 @@ class Report:
         run = self.run
         self.labels = labels(trainer.state, run.recipe)
         trainer.optimizer.state.clear()  # no longer needed; frees memory for the teacher, which may be loaded again
-        teacher = run.pair.teacher
+        teacher = run.pair.teacher if _measures_teacher(run.recipe) else None
         if teacher is not None and trainer.teacher is not None and trainer.teacher.has_released_model:
             teacher = reload_teacher(run.recipe, run.pair, run.device)
         if not self._all_can_generate({"student": run.student, "teacher": teacher}):
@@ -141,7 +141,8 @@ class Report:
         if trained is not None:
             reports |= self._trained_teacher(trained, trainer)
         elif teacher is not None:
-            reports[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, trainer))
+            with teacher.on_device():
+                reports[TEACHER] = self._measure(teacher, TEACHER, _valid_loss(teacher, trainer))
         start = BEFORE
         if run.recipe.student.sft_epochs:
             reports |= self._stage_reports({BEFORE: BEFORE, AFTER: FINE_TUNED})
@@ -176,7 +177,8 @@ class Report:
         for name, model in models.items() if self.suite.rows else ():
             try:
                 if model is not None:
-                    model.check_decoding()
+                    with model.on_device():
+                        model.check_decoding()
             except ModelError as error:
                 self.listener(Warned(f"no responses in the table, only losses; {name}: {error.what}"))
                 return False
@@ -261,6 +263,13 @@ class Report:
         with eval_mode(model):
             listener = _renamed_progress(self.listener, name)
             return evaluate_suite(model, self.run.encoder, self.suite, self.config, listener)
+
+
+def _measures_teacher(recipe: Recipe) -> bool:
+    """Return whether the teacher is measured. One that a run trains always is, since it is part of the result."""
+    if recipe.teacher_trainer is not None:
+        return True
+    return recipe.eval.report_teacher and recipe.teacher.device_map == "none"
 
 
 def _file_name(name: str) -> str:

@@ -18,7 +18,7 @@ from distillm_cli.losses.fused import HeadLike
 from distillm_cli.teachers.local import LanguageModel, LocalTeacher
 from distillm_cli.teachers.shared_memory import shared_parts, shared_table
 from distillm_cli.training.distributed import world
-from distillm_cli.types import MIN_PASS_OVERHEAD, Batch, Rollout, Sequence, collate, length_groups, moved
+from distillm_cli.types import MIN_PASS_OVERHEAD, Batch, Rollout, Sequence, collate, length_groups, moved, supervised_of
 
 
 class CachedTeacher(LocalTeacher):
@@ -239,8 +239,8 @@ class HiddenStateTable:
     def __init__(self, sequences: SequenceOf[Sequence], table_ND: Tensor | None = None):
         self.sequences = sequences
         self.table_ND = table_ND
-        ends = np.cumsum([s.supervised for s in sequences])
-        self._spans = list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
+        self._supervised = supervised_of(sequences)
+        self._ends = np.cumsum(self._supervised)
         self._is_known = np.full(len(sequences), table_ND is not None)
         self.missing = 0 if table_ND is not None else len(sequences)
         self.written: list[int] = []
@@ -253,7 +253,7 @@ class HiddenStateTable:
         """
         table = cls(sequences)
         if world().size > 1:
-            table.table_ND = shared_table(table._spans[-1][1], like_ND.shape[1], like_ND.dtype)
+            table.table_ND = shared_table(int(table._ends[-1]), like_ND.shape[1], like_ND.dtype)
         return table
 
     @property
@@ -262,7 +262,7 @@ class HiddenStateTable:
 
     def contains(self, sequence: Sequence) -> bool:
         """Return whether the sequence is a row of this table. A rollout for a row's prompt is not."""
-        return 0 <= sequence.row < len(self.sequences) and self.sequences[sequence.row] is sequence
+        return 0 <= sequence.row < len(self.sequences) and self.sequences[sequence.row] == sequence
 
     def row_equal_to(self, rollout: Rollout) -> Sequence | None:
         """Return the row that a rollout was sampled for, if it has the same tokens, supervised in the response alone."""
@@ -279,7 +279,7 @@ class HiddenStateTable:
     def write(self, sequence: Sequence, states_ND: Tensor) -> None:
         """Set the row's states."""
         if self.table_ND is None:
-            self.table_ND = torch.empty(self._spans[-1][1], states_ND.shape[1], dtype=states_ND.dtype)
+            self.table_ND = torch.empty(int(self._ends[-1]), states_ND.shape[1], dtype=states_ND.dtype)
         self._slice(sequence).copy_(states_ND)
         self.mark_known([sequence.row])
         if world().size > 1:
@@ -293,8 +293,8 @@ class HiddenStateTable:
 
     def _slice(self, sequence: Sequence) -> Tensor:
         assert self.table_ND is not None
-        start, end = self._spans[sequence.row]
-        return self.table_ND[start:end]
+        end = int(self._ends[sequence.row])
+        return self.table_ND[end - int(self._supervised[sequence.row]) : end]
 
 
 class BatchComposition:
@@ -303,13 +303,14 @@ class BatchComposition:
     The first epoch then computes no other batches than its own, and a row's cached states depend only on teacher, rows and
     order: a resumed run computes them in the same batches and gets the same bits.
 
-    batches: step → rows, of the first epoch. steps: number of steps of that epoch. max_rows, pass_overhead: those of the
-    micro-batches, which are smaller in several processes. leftovers: the rows in no batch of that epoch, one batch.
+    batches: step → indices of its rows, in the first epoch. steps: number of steps of that epoch. max_rows, pass_overhead:
+    those of the micro-batches, which are smaller in several processes. leftovers: the rows in no batch of that epoch, one
+    batch.
     """
 
     def __init__(
         self,
-        batches: Callable[[int], list[Sequence]],
+        batches: Callable[[int], list[int]],
         *,
         steps: int,
         rows: SequenceOf[Sequence],
@@ -317,20 +318,21 @@ class BatchComposition:
         pass_overhead: int = MIN_PASS_OVERHEAD,
     ):
         self._batches = batches
+        self._rows = rows
         self._steps = steps
         self._max_rows = max_rows
         self._pass_overhead = pass_overhead
         self._step_of_row = np.full(len(rows), steps)
         for step in reversed(range(steps)):
-            self._step_of_row[[s.row for s in batches(step)]] = step
-        self.leftovers = [s for s in rows if self._step_of_row[s.row] == steps]
+            self._step_of_row[batches(step)] = step
+        self.leftovers = [rows[int(i)] for i in np.flatnonzero(self._step_of_row == steps)]
 
     def batches_with(self, rows: SequenceOf[Sequence]) -> list[list[Sequence]]:
         """Return the groups that contain these rows, with all their members."""
         requested = set(rows)
         found = []
         for step in dict.fromkeys(self._step_of_row[s.row] for s in rows):
-            batch = self.leftovers if step == self._steps else self._batches(int(step))
+            batch = self.leftovers if step == self._steps else [self._rows[i] for i in self._batches(int(step))]
             groups = length_groups(batch, min(self._max_rows, world().rows_each(len(batch))), self._pass_overhead)
             found += [group for group in groups if not requested.isdisjoint(group)]
         return found

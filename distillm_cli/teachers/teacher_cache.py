@@ -23,6 +23,7 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from distillm_cli.teachers.cached import HiddenStateTable
 from distillm_cli.teachers.local import LanguageModel, LocalTeacher
 from distillm_cli.training.distributed import in_first_process, world
 from distillm_cli.training.events import Listener, Note, Progress, silent
-from distillm_cli.types import Sequence, collate
+from distillm_cli.types import Sequence, collate, lengths_of, supervised_of
 from distillm_cli.utils.storage import atomic_directory, locked, storing, sweep
 
 CACHE_FORMAT = 2
@@ -57,17 +58,6 @@ class CacheKey:
         return f"{self.teacher[:16]}-{self.rows[:16]}"
 
 
-def rows_digest(sequences: SequenceOf[Sequence]) -> str:
-    """Return the SHA-256 of every token of every row. It depends on tokenizer, template, rows, order and lengths."""
-    digest = hashlib.sha256(b"rows")
-    for s in sequences:
-        digest.update(f"{len(s.prompt)} {len(s.response)} ".encode())
-        digest.update(s.prompt.tobytes() + s.response.tobytes())
-        if s.turns is not None:
-            digest.update(b"turns" + s.turns.tobytes())
-    return digest.hexdigest()
-
-
 class StatefulModel(LanguageModel, Protocol):
     """Define a model whose tensors can be listed."""
 
@@ -84,13 +74,6 @@ def teacher_digest(model: StatefulModel, config: str) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_raw(tensor.detach().cpu().contiguous()))
     return digest.hexdigest()
-
-
-def cache_root(cache_dir: str | None) -> Path:
-    """Return the directory of all caches: ``teacher.cache_dir``, else the user's."""
-    if cache_dir is not None:
-        return Path(cache_dir).expanduser()
-    return Path(os.environ.get("DISTILLM_CACHE") or Path.home() / ".cache" / "distillm").expanduser() / "teacher"
 
 
 @in_first_process
@@ -193,7 +176,7 @@ def read_cache(
         size = tokens * width * dtype.itemsize
         if (found := (directory / STATES).stat().st_size) != size:
             raise ValueError(f"{STATES} has {found:,} bytes instead of {size:,}")
-        if tokens != sum(s.supervised for s in sequences):
+        if tokens != supervised_of(sequences).sum():
             raise ValueError(f"{tokens:,} tokens do not match the rows")
         if world().broadcast(partial(_sha256_of, directory / STATES, listener)) != metadata["sha256"]:
             raise ValueError(f"{STATES} differs from its SHA-256")
@@ -246,7 +229,7 @@ def _write_metadata(
         "format": CACHE_FORMAT,
         "teacher": key.teacher,
         "rows": key.rows,
-        "tokens": sum(s.supervised for s in sequences),
+        "tokens": int(supervised_of(sequences).sum()),
         "width": width,
         "dtype": str(dtype).removeprefix("torch."),
         "sha256": _sha256_of(staged / STATES),
@@ -269,12 +252,13 @@ def _compute(
 
     Each process computes a share of the batches. A full disk is reported, which a memory map would not do.
     """
-    ends = torch.tensor([s.supervised for s in sequences]).cumsum(0).tolist()
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
-    batches = []
+    ends = np.cumsum(supervised_of(sequences))
+    order = np.argsort(-lengths_of(sequences), kind="stable")
+    batches: list[list[int]] = []
     position = 0
     while position < len(order):
-        batches.append(order[position : position + max(1, _BATCH_TOKENS // len(sequences[order[position]]))])
+        batch = order[position : position + max(1, _BATCH_TOKENS // len(sequences[int(order[position])]))]
+        batches.append(batch.tolist())
         position += len(batches[-1])
     dist = world()
 
@@ -287,7 +271,7 @@ def _compute(
                 group = [sequences[i] for i in picks]
                 hidden_ND = teacher.hidden(collate(group).to(device), group).cpu()
                 for part, i in zip(hidden_ND.split([s.supervised for s in group]), picks, strict=True):
-                    offset = (ends[i] - part.shape[0]) * part.shape[1] * part.element_size()
+                    offset = (int(ends[i]) - part.shape[0]) * part.shape[1] * part.element_size()
                     _write_at(file, offset, _raw(part.contiguous()))
                 shape = (hidden_ND.shape[1], hidden_ND.dtype)
                 done += len(picks)

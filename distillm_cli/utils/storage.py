@@ -245,6 +245,13 @@ def _lock(descriptor: int, busy: Callable[[], None]) -> bool:
     return True
 
 
+def cache_root(kind: str, directory: str | None) -> Path:
+    """Return the directory of the caches of a kind: ``directory`` if it is given, else the user's."""
+    if directory is not None:
+        return Path(directory).expanduser()
+    return Path(os.environ.get("DISTILLM_CACHE") or Path.home() / ".cache" / "distillm").expanduser() / kind
+
+
 def check_writable(directory: Path) -> None:
     """Create a temporary file without a name in the directory. Raises OSError if that fails."""
     import tempfile

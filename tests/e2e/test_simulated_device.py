@@ -114,13 +114,31 @@ def test_method_matches_cpu(name, run_on, tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
+        ["--teacher-cache", "off", *set_options("teacher.offload=true")],
+        ["--teacher-cache", "disk", *set_options("teacher.cache_dir=states", "teacher.offload=true")],
+        ["--teacher-cache", "memory", *set_options("teacher.device_map=cpu")],
+        set_options("train.gradient_checkpointing=true", "train.offload_activations=true"),
+    ],
+    ids=["offload", "offload disk cache", "cpu", "activations"],
+)
+def test_memory_option_changes_no_figure(fields, run_on, tmp_path):
+    argv = ["distill", "--recipe", "questions", "--steps", "3", *set_options(*DISTILL, *ADAPTIVE)]
+    run_on("cpu", *argv, "--output", "cpu")
+    run_on(simulated_device.NAME, *argv, "--output", simulated_device.NAME, *fields)
+    assert_same_steps(*(steps_of(tmp_path / device) for device in DEVICES))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        set_options("train.optimizer=adafactor"),
         ["--lora", "4", "--student", "layers:2"],
         ["--teacher-cache", "disk", *set_options("teacher.cache_dir=states")],
         ["--teacher-cache", "off", *set_options("train.accumulate=2", "train.gradient_checkpointing=true")],
         ["--student", "random:t5:1x32", "--teacher", "t5", *set_options("data.template=plain")],
         set_options("student.sft_epochs=0.1"),
     ],
-    ids=["lora", "disk cache", "accumulate", "t5", "sft stage"],
+    ids=["adafactor", "lora", "disk cache", "accumulate", "t5", "sft stage"],
 )
 def test_training_option_matches_cpu(fields, run_on, tmp_path):
     if "t5" in fields:

@@ -1,6 +1,7 @@
 """Test the teacher cache: its reuse in a sweep, its choice, its errors, and signals while it is made."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from distillm_cli.cli.app import main
+from distillm_cli.models.model_paths import BUILTIN_TEACHER
 from distillm_cli.runs import cache_planning
 from tests.command_line import assert_error
 
@@ -55,6 +58,43 @@ def test_second_run_of_a_sweep_reads_the_cache(cli):
     assert results[0]["teacher_tokens"] > 0
     assert results[1]["teacher_tokens"] == 0, "the second run reads the cache only"
     assert results[1]["report"]["teacher"]["valid_loss"] is not None, "the teacher is scored before it is freed"
+
+
+def test_warm_cache_needs_only_the_head(cli, tmp_path):
+    note = "loaded only the teacher's head"
+    disk = ["--teacher-cache", "disk"]
+    code, first, err = cli("--output", "first", *disk)
+    assert code == 0, err
+    assert note not in err
+    code, second, err = cli("--output", "second", *disk, "--set", "eval.report_teacher=false")
+    assert (code, second["teacher_tokens"]) == (0, 0), err
+    assert note in err
+    assert "teacher" not in second["report"]
+    assert second["report"] == {name: found for name, found in first["report"].items() if name != "teacher"}
+    one, two = weights(tmp_path / "first"), weights(tmp_path / "second")
+    assert all(torch.equal(one[name], value) for name, value in two.items())
+
+    # other rows: the rest of the teacher is loaded for their states
+    code, other, err = cli("--output", "other", *disk, "--set", "data.size=40")
+    assert (code, other["teacher_cache"]["hit"]) == (0, False), err
+    assert other["teacher_tokens"] > 0
+    assert note not in err
+    code, checked, err = cli("--output", "memory", "--teacher-cache", "memory", "--set", "data.size=40")
+    assert (code, checked["train_loss"]) == (0, pytest.approx(other["train_loss"], rel=1e-5)), err
+
+
+def test_changed_teacher_is_loaded(cli, tmp_path):
+    shutil.copytree(BUILTIN_TEACHER, tmp_path / "teacher")
+    run = ["--teacher", "teacher", "--teacher-cache", "disk", "--set", "eval.report_teacher=false"]
+    for output, expected in (("first", False), ("second", True)):
+        code, _, err = cli("--output", output, *run)
+        assert (code, "loaded only the teacher's head" in err) == (0, expected), err
+    file = tmp_path / "teacher" / "model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).mul_(1.01)
+    save_file(tensors, file, metadata={"format": "pt"})
+    code, result, err = cli("--output", "third", *run)
+    assert (code, result["teacher_cache"]["hit"], "only the teacher's head" in err) == (0, False, False), err
 
 
 def test_warmed_cache_is_used_and_checked(cli, tmp_path):

@@ -388,7 +388,7 @@ def build_trainer(
     model = backbone(teacher, seed=4)
     local_teacher = LocalTeacher(model)
     if cached:
-        composition = BatchComposition(batches, steps=6, rows=rows, max_rows=4)
+        composition = BatchComposition(lambda step: [s.row for s in batches(step)], steps=6, rows=rows, max_rows=4)
         table = HiddenStateTable(rows)
         local_teacher = CachedTeacher(model, mode="memory", rows=table, composition=composition, caches_rollouts=True)
     student_loss = StudentLoss(student, objectives.build(ObjectiveConfig()), teacher_head=local_teacher.head)

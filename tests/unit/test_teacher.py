@@ -35,7 +35,7 @@ def batches(step):
 
 
 def cached(backbone=None, **options):
-    composition = BatchComposition(batches, steps=STEPS, rows=ROWS, max_rows=4)
+    composition = BatchComposition(lambda step: [s.row for s in batches(step)], steps=STEPS, rows=ROWS, max_rows=4)
     rows = HiddenStateTable(ROWS)
     return CachedTeacher(backbone or model(), mode="memory", rows=rows, composition=composition, **options)
 

@@ -21,11 +21,10 @@ from distillm_cli.teachers.teacher_cache import (
     cache_directory,
     check_space,
     read_cache,
-    rows_digest,
     teacher_digest,
     write_cache,
 )
-from distillm_cli.types import collate
+from distillm_cli.types import collate, rows_digest
 from tests import tiny
 from tests.codes import raises_code
 from tests.resource_limits import file_size

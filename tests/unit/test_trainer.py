@@ -83,8 +83,11 @@ def build(
     scheduler = build_scheduler(section, steps=steps, seed=train.seed, batches=rounds_of)
     backbone = backbone or student()
 
+    def indices(step):
+        return [(step * step_rows + i * 7) % len(ROWS) for i in range(step_rows)]
+
     def rows(step):
-        return [ROWS[(step * step_rows + i * 7) % len(ROWS)] for i in range(step_rows)]
+        return [ROWS[i] for i in indices(step)]
 
     model = None if sft else Backbone(tiny.model("llama", len(TOKENIZER), seed=4), TOKENIZER).to(device)
     teacher = None if sft else LocalTeacher(model)
@@ -93,7 +96,7 @@ def build(
             model,
             mode="memory",
             rows=HiddenStateTable(ROWS),
-            composition=BatchComposition(rows, steps=len(ROWS) // step_rows, rows=ROWS, max_rows=train.batch_size),
+            composition=BatchComposition(indices, steps=len(ROWS) // step_rows, rows=ROWS, max_rows=train.batch_size),
             caches_rollouts=True,
             releases_model=not (section.uses_student_outputs or section.uses_teacher_samples),
             validation=HiddenStateTable(HELD_OUT[0]) if train.select == "valid_divergence" else None,
