@@ -38,7 +38,7 @@ from distillm_cli.models.generation.working_copy import working_copy
 from distillm_cli.models.model_families import context_of, head_scale_and_cap
 from distillm_cli.models.router import RouterLoss, attention_mask
 from distillm_cli.types import Batch, Embedded, Sequence, collate
-from distillm_cli.utils.modules import eval_mode
+from distillm_cli.utils.modules import eval_mode, weights_fingerprint
 
 if TYPE_CHECKING:
     from distillm_cli.models.lora import Adapter
@@ -100,6 +100,8 @@ class Backbone(nn.Module):
     adapter: the adapter that trains in the model's layers, which are frozen. Raises ModelError if the model has fewer
     rows than the tokenizer has ids.
     """
+
+    is_served = False  # whether a server computes its states, so that it cannot generate or be trained here
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab: int | None = None):
         super().__init__()
@@ -417,6 +419,13 @@ class Backbone(nn.Module):
                 previous = live.detach().to("cpu", copy=True)
                 live.copy_(state[name])
                 state[name] = previous
+
+    def fingerprint(self) -> str:
+        """Return a digest of some numbers of each weight.
+
+        They are rounded to bf16 first, since `auto` may load another dtype on another device.
+        """
+        return weights_fingerprint(self.model.state_dict().items(), torch.bfloat16)
 
     @property
     def is_quantized(self) -> bool:

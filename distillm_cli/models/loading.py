@@ -6,6 +6,7 @@ Local directories need no network, and code in a checkpoint is never run.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def load_backbone(
     if directory.is_dir():
         _warn_of_edits(directory, listener)
     model, adapter = _with_adapters(model if quantization else model.to(device), adapters, base, base_revision, train)
-    _read_generation_config([*adapters, ModelLocation(base, False, base_revision)], model)
+    read_generation_config([*adapters, ModelLocation(base, False, base_revision)], model)
     model.eval()
     if not quantization:  # 8-bit rounding depends on the other tokens, which would look like non-causal attention
         check_causal(path, model)
@@ -188,7 +189,7 @@ def _with_adapters(
     return model, None
 
 
-def _read_generation_config(locations: list[ModelLocation], model: PreTrainedModel) -> None:
+def read_generation_config(locations: SequenceOf[ModelLocation], model: PreTrainedModel) -> None:
     """Set the model's generation config (the end tokens of responses) from the outermost location with one.
 
     locations: of adapters and, last, of their model. An adapter that was trained with a chat template ends responses

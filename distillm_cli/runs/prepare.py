@@ -252,7 +252,7 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
         valid=valid,
         initial_weights=_initial_weights(pair.student),
         teacher_samples=None if sample_rows is None else encode_teacher_samples(sample_rows, train, encoder, context),
-        model_fingerprints=_fingerprints(pair),
+        model_fingerprints={role: model.fingerprint() for role, model in pair.models.items()},
         resolved_values=resolved_values,
         router_aux=router_aux,
     )
@@ -276,17 +276,6 @@ def _initial_weights(student: Backbone) -> Callable[[], Mapping[str, torch.Tenso
         return None
     initial = {name: weight.to("cpu", copy=True) for name, weight in student.state().items()}
     return initial.copy
-
-
-def _fingerprints(pair: Pair) -> dict[str, str]:
-    """Return the models' fingerprints by role.
-
-    Weights are rounded to bf16 first, since `auto` may load another dtype on another device.
-    """
-    return {
-        role: weights_fingerprint(backbone.model.state_dict().items(), torch.bfloat16)
-        for role, backbone in pair.models.items()
-    }
 
 
 def texts_of(rows: Iterable[Row], data: DataConfig, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[str]:

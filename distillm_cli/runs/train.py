@@ -49,6 +49,7 @@ from distillm_cli.runs.resume import (
     with_recorded_values,
 )
 from distillm_cli.runs.run_results import FineTuned, Outcome, Sample, TrainResult, TrainSummary
+from distillm_cli.runs.server_checks import check_served_teacher, check_servers
 from distillm_cli.runs.stages import (
     PriorStage,
     StageCheckpoints,
@@ -150,6 +151,7 @@ def train(
     _check_teacher_directory(resolved, output)
     if options.rebuild_teacher_cache:
         check_rows(resolved.recipe)
+    check_servers(resolved.recipe)
     try:
         checkpoints = read_checkpoints(resolved, stages, output, options)
         run = prepare(resolved.recipe, listener, prefetcher)
@@ -157,6 +159,7 @@ def train(
         _check_resumable(run, checkpoints, listener)
         check_can_generate(run)
         check_extras(run.recipe, run.pair)
+        check_served_teacher(run)
         teacher = _open_teacher(run, checkpoints.run, options, listener)
     except KeyboardInterrupt as stop:
         raise interrupted(None, stop) from None
@@ -298,9 +301,8 @@ def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelRepor
     models_in_order = (BEFORE, FINE_TUNED, PRE_TRAINED, AFTER, TEACHER, TEACHER_BEFORE, TEACHER_AFTER)
     order = [name for name in models_in_order if name in models]
     label = labels(state, recipe)
-    samples = _samples(
-        run, {model_title(name, recipe): models[name].answers for name in order if name != TEACHER_BEFORE}
-    )
+    shown = [name for name in order if name != TEACHER_BEFORE and models[name].answers]  # a served teacher has none
+    samples = _samples(run, {model_title(name, recipe): models[name].answers for name in shown})
     # Without test rows, `--suite SOURCE` would score training rows too; without `--suite`, held-out rows are scored.
     suites = recipe.eval.suites or ((recipe.data.source,) if "test" in run.train_rows.splits else ())
     first_row = next(iter(run.valid.rows), None)
@@ -327,7 +329,7 @@ def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelRepor
 
 def _samples(run: Prepared, answers: Mapping[str, list[str]]) -> tuple[Sample, ...]:
     """Return three evenly spaced held-out rows with the response of every model."""
-    answered = min(len(texts) for texts in answers.values())
+    answered = min((len(texts) for texts in answers.values()), default=0)
     indices = sorted({0, answered // 3, 2 * answered // 3}) if answered else []
     return tuple(
         Sample(
