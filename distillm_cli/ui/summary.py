@@ -98,7 +98,9 @@ def eval_summary(result: EvalResult) -> Iterator[RenderableType | Note]:
     several = len(result.checkpoints) > 1
     metrics = list(dict.fromkeys(name for scores in result.checkpoints for name in scores.metrics))
     titles = [_label(name) + (" ↓" if is_lower_better(name) else "") for name in metrics]
-    generated = any("entropy" in suite for scores in result.checkpoints for suite in scores.suites.values())
+    generated = any(
+        suite.get("entropy") is not None for scores in result.checkpoints for suite in scores.suites.values()
+    )
     lead = ["checkpoint"] if several else []
     rows: list[list[object]] = []
     tasks: list[list[object]] = []
@@ -131,7 +133,7 @@ def eval_summary(result: EvalResult) -> Iterator[RenderableType | Note]:
 def _suite_rows(checkpoint: CheckpointScores, metrics: Sequence[str], *, with_entropy: bool) -> Iterator[list[object]]:
     for name, suite in checkpoint.suites.items():
         figures = [_score(suite.get(metric), _passes(checkpoint, suite)) for metric in metrics]
-        entropy = [f"{suite['entropy']:.3f}" if "entropy" in suite else None] if with_entropy else []
+        entropy = [None if suite.get("entropy") is None else f"{suite['entropy']:.3f}"] if with_entropy else []
         yield [name, f"{suite['rows']:,}", *figures, *entropy]
 
 
