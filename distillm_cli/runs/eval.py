@@ -33,7 +33,7 @@ from distillm_cli.models.sentence import SentenceEncoder, load_encoder, read_dec
 from distillm_cli.models.tokenizer_files import own_tokenizer
 from distillm_cli.runs import inference
 from distillm_cli.runs.inference import Settings
-from distillm_cli.runs.run_results import CheckpointScores, EvalResult
+from distillm_cli.runs.run_results import SERVER, CheckpointScores, EvalResult
 from distillm_cli.runs.server_model import ServerModel, check_eval_on_server, connect_model
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.utils.memory import resume_garbage_collection
@@ -283,5 +283,5 @@ def _checkpoint_scores(job: _Job) -> CheckpointScores:
         output=job.output,
         suites=job.scores,
         metrics=_metrics(job),
-        dtype=dtype_name(inference.precision(job.recipe)) if job.server is None else "server",
+        dtype=dtype_name(inference.precision(job.recipe)) if job.server is None else SERVER,
     )

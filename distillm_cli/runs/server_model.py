@@ -19,6 +19,7 @@ from distillm_cli.errors import UsageError
 from distillm_cli.rollouts.next_token import Sampling
 from distillm_cli.rollouts.sampler import SampledOutput
 from distillm_cli.runs import inference
+from distillm_cli.runs.run_results import SERVER
 from distillm_cli.servers.completions import Completion, Request, ServedModel, chat, complete, find_model, seed_of
 from distillm_cli.servers.http import Server, in_parallel
 from distillm_cli.training.events import Listener, Note
@@ -45,7 +46,7 @@ class ServerModel:
     @property
     def identity(self) -> dict[str, str]:
         """Return what identifies the model in results, in place of a dtype and a fingerprint of weights."""
-        return {"dtype": "server", "weights": f"{self.model.name} on a server"}
+        return {"dtype": SERVER, "weights": f"{self.model.name} on a server"}
 
     def respond(
         self,

@@ -58,7 +58,7 @@ def reload_weights(server: Server, directory: Path) -> None:
         if error.code == "server.timeout":
             raise
         what = f"{server.url} did not load the weights in {directory}: {error.what}"
-        hint = "the server must see this directory, as the same user: set rollout.server_dir; look at the server's log"
+        hint = "start it again; it must see this directory, as the same user (rollout.server_dir)"
         raise ServerError(error.code, what, where=server.name, hint=hint) from error
 
 

@@ -206,7 +206,7 @@ def test_samples_depend_on_the_seed_alone(served):
 def test_seeds_of_rows_differ_and_fit_into_31_bits():
     seeds = [seed_of(10, row) for row in range(1000)]
     assert len(set(seeds)) == 1000
-    assert 0 <= min(seeds)
+    assert min(seeds) >= 0
     assert max(seeds) < 2**31
 
 
