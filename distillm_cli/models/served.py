@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.errors import ModelError, ServerError
 from distillm_cli.models.backbone import Backbone
@@ -34,6 +34,7 @@ from distillm_cli.utils.modules import weights_fingerprint
 
 _WEIGHTS = "model.safetensors"
 _INDEX = f"{_WEIGHTS}.index.json"
+_ENCODER_DECODER = "vLLM does not serve encoder-decoder models"
 
 # Relative difference of two states, and mean difference of log-probabilities (nats), up to which they count as equal.
 _ROUNDING = {torch.float32: (1e-4, 1e-3), torch.float16: (0.02, 0.1), torch.bfloat16: (0.1, 0.1)}
@@ -163,7 +164,7 @@ class StudentFiles:
 
     def __init__(self, student: Backbone, dtype: torch.dtype):
         if student.is_encoder_decoder:
-            raise _not_served(student.model.config.name_or_path, "encoder-decoder models are not served by vLLM")
+            raise _not_served(student.model.config.name_or_path, _ENCODER_DECODER)
         if student.is_quantized:
             raise _not_served(student.model.config.name_or_path, "its weights are quantized and cannot be sent")
         self.student = student
@@ -235,15 +236,21 @@ def load_served_teacher(
     return ServedTeacher(skeleton.model, skeleton.tokenizer, server, served, weights.fingerprint(head.weight))
 
 
-def load_skeleton(
-    path: str, *, dtype: torch.dtype, revision: str | None = None, tokenizers: TokenizerCache | None = None
-) -> Backbone:
-    """Load a causal model without weights: config, tokenizer and end tokens. Raises ModelError."""
+def served_config(path: str, *, revision: str | None = None) -> PretrainedConfig:
+    """Return the config of a model that vLLM can serve. Raises ModelError for an adapter and for an encoder-decoder."""
     if adapter_chain(path, revision)[0]:
         raise _not_served(path, "it is a LoRA adapter; merge it into its model first")
     config = load_config(path, revision=revision)
     if config.is_encoder_decoder:
-        raise _not_served(path, "encoder-decoder models are not served by vLLM")
+        raise _not_served(path, _ENCODER_DECODER)
+    return config
+
+
+def load_skeleton(
+    path: str, *, dtype: torch.dtype, revision: str | None = None, tokenizers: TokenizerCache | None = None
+) -> Backbone:
+    """Load a causal model without weights: config, tokenizer and end tokens. Raises ModelError."""
+    config = served_config(path, revision=revision)
     tokenizer = (tokenizers or TokenizerCache()).load(path, revision)
     with quiet(), torch.device("meta"):
         try:

@@ -36,7 +36,6 @@ _PROBE_ROWS = 2
 _PROBE = Sampling(temperature=0.0, max_new_tokens=8)
 _SHARED_MEMORY = Path("/dev/shm")
 _DIRECTORY = re.compile(r"distillm-weights-(\d+)-.*")  # with the number of its process
-_OTHER_WEIGHTS = "server.other_weights"
 
 # Mean difference of log-probabilities up to which server and student are the same model, in nats, by the bytes of a weight:
 # float32 differs by the order of sums, the 16-bit types by the rounding in every layer.
@@ -106,7 +105,7 @@ class ServerSampler:
             self.synchronize()
             return self.ask(prompts, step)
         except ServerError as error:
-            if error.code not in ("server.unreachable", _OTHER_WEIGHTS):
+            if error.code not in ("server.unreachable", "server.other_weights"):
                 raise
             self.emit(Warned(f"{error.what}: sending the weights again"))
         self.synchronize()
@@ -132,7 +131,7 @@ class ServerSampler:
         if self.server.lost_connections != lost or difference > _TOLERANCE[self.student.itemsize]:
             what = f"{self.server.url} no longer has the student's weights"
             hint = "give each run a server of its own; look at its log"
-            raise ServerError(_OTHER_WEIGHTS, what, where=self.server.name, hint=hint)
+            raise ServerError("server.other_weights", what, where=self.server.name, hint=hint)
         return rollouts
 
     def _check_model(self, prompts: SequenceOf[Sequence]) -> None:

@@ -195,7 +195,9 @@ def memory(run: Workload) -> dict[str, int]:
         parts["teacher_weights"] = others * run.teacher_itemsize + teacher.matrices * bits // 8
         if run.teacher_is_served:
             parts["teacher_weights"] = run.vocab * teacher.head_in * run.teacher_itemsize
-        elif run.device == "cpu" and run.teacher_itemsize == 2 and has_layouts(teacher.kind, teacher.parameters["total"]):
+        elif (
+            run.device == "cpu" and run.teacher_itemsize == 2 and has_layouts(teacher.kind, teacher.parameters["total"])
+        ):
             parts["teacher_layouts"] = teacher.matmul * run.teacher_itemsize
         of_layers = 1 if run.teacher_is_served else 8  # the states alone, or one layer without a graph
         parts["teacher_activations"] = positions * teacher.width * run.teacher_itemsize * of_layers

@@ -87,11 +87,12 @@ def serve_command(role: Role, resolved: Resolved, more: SequenceOf[str], listene
     host = address.hostname or _LOOPBACK
     arguments = [os.environ.get(PROGRAM, "vllm"), "serve", model]
     arguments += ["--dtype", _DTYPES[dtype_name(dtype)]]
-    length = _length(recipe, model)
-    arguments += [] if length is None else ["--max-model-len", str(length)]
     revision = recipe.teacher.revision if is_teacher else recipe.student.revision
-    if revision is not None and not Path(model).is_dir():
-        arguments += ["--revision", revision]
+    if Path(model).is_dir():
+        revision = None
+    length = _length(recipe, model, revision)
+    arguments += [] if length is None else ["--max-model-len", str(length)]
+    arguments += [] if revision is None else ["--revision", revision]
     environment = {}
     if is_teacher:
         arguments += ["--runner", "pooling", "--convert", "embed", "--pooler-config", json.dumps(_POOLER)]
@@ -105,18 +106,18 @@ def serve_command(role: Role, resolved: Resolved, more: SequenceOf[str], listene
     return ServeCommand(role, tuple(arguments), url, environment)
 
 
-def _length(recipe: Recipe, model: str) -> int | None:
+def _length(recipe: Recipe, model: str, revision: str | None) -> int | None:
     """Return the longest sequence that the server must take: that of the run, within the model's context.
 
     None without a recipe: vLLM takes the model's context.
     """
-    from distillm_cli.models.loading import load_config
     from distillm_cli.models.model_families import context_of
+    from distillm_cli.models.served import served_config
 
+    context = context_of(served_config(model, revision=revision))
     if recipe.data.max_length == AUTO:
         return None
     longest = chosen(recipe.data.max_length)
-    context = context_of(load_config(model))
     return longest if context is None else min(longest, context)
 
 

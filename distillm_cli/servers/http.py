@@ -141,16 +141,17 @@ class Server:
 
     def _refused(self, response: httpx2.Response, path: str) -> ServerError:
         status = response.status_code
-        said = _message(response)
+        message = _message(response)
         if status in (401, 403):
             hint = f"set {KEY} to the server's key"
             return ServerError("server.unauthorized", f"{self.url} refused the key", where=self.name, hint=hint)
-        if status in (404, 405, 501) and not _names_a_model(said):
+        if status in (404, 405, 501) and not _names_a_model(message):
             what = f"{self.url} has no endpoint /{path}"
             return ServerError("server.no_endpoint", what, where=self.name, hint="see docs/scale.md for its command")
-        code = "server.failed" if status == 429 or status >= 500 else "server.bad_request"
-        what = f"{self.url} answered /{path} with status {status}: {said}"
-        return ServerError(code, what, where=self.name, hint="see the server's log")
+        what = f"{self.url} answered /{path} with status {status}: {message}"
+        if status == 429 or status >= 500:
+            return ServerError("server.failed", what, where=self.name, hint="see the server's log")
+        return ServerError("server.bad_request", what, where=self.name, hint="see the server's log")
 
 
 def in_parallel(
