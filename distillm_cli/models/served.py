@@ -14,13 +14,14 @@ from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distillm_cli.errors import ModelError, ServerError
-from distillm_cli.models.backbone import Backbone
+from distillm_cli.models.backbone import Backbone, Head
 from distillm_cli.models.loading import load_config, read_generation_config
 from distillm_cli.models.model_paths import ModelLocation, adapter_chain, cached_hub_file, locate_model, model_file
 from distillm_cli.models.shared import save_plain
@@ -81,22 +82,20 @@ class ServedTeacher(Backbone):
     @torch.no_grad()
     def hidden(self, batch: Batch, *, for_backward: bool = False) -> Tensor:
         """Return the last hidden states [N, D] that predict the supervised tokens, from the server."""
-        T = batch.ids_BT.shape[1]
+        B, T = batch.ids_BT.shape
         ids_BT = batch.ids_BT.cpu().numpy()
         positions_N = batch.positions_N.cpu().numpy()
-        rows, firsts = [], [0]
-        for b in range(len(ids_BT)):
-            end = int((positions_N < (b + 1) * T).sum())
-            rows.append(positions_N[firsts[-1] : end] - b * T)
-            firsts.append(end)
-        requested = [ids_BT[b, : places[-1] + 1].tolist() for b, places in enumerate(rows) if len(places)]
-        states = self._states(requested) if requested else []
-        parts = [state[torch.from_numpy(places)] for state, places in zip(states, filter(len, rows), strict=True)]
+        ends = np.searchsorted(positions_N, np.arange(1, B) * T)
+        rows = {b: places - b * T for b, places in enumerate(np.split(positions_N, ends)) if len(places)}
+        states = self._states([ids_BT[b, : places[-1] + 1].tolist() for b, places in rows.items()])
+        parts = [state[torch.from_numpy(places)] for state, places in zip(states, rows.values(), strict=True)]
         weight_VD = self.model.get_output_embeddings().weight
-        found_ND = torch.cat(parts) if parts else torch.empty(0, weight_VD.shape[1], dtype=weight_VD.dtype)
+        found_ND = torch.cat([weight_VD.new_zeros(0, weight_VD.shape[1], device="cpu"), *parts])
         return found_ND.to(batch.ids_BT.device)
 
     def _states(self, ids: SequenceOf[SequenceOf[int]]) -> list[Tensor]:
+        if not ids:
+            return []
         weight_VD = self.model.get_output_embeddings().weight
         name = str(weight_VD.dtype).removeprefix("torch.")
         found = hidden_states(self.server, self.served, ids, dtype=name, width=weight_VD.shape[1])
@@ -118,7 +117,9 @@ class ServedTeacher(Backbone):
         if own is not None:
             ids = batch.ids_BT[0].cpu().numpy().astype("int32")
             inside = collate([Sequence(ids[:1], ids[1:])]).to(self.device)
-            difference = (self._log_probs(inside).cpu() - torch.tensor(own)).abs().mean().item()
+            head = self.model.get_output_embeddings()
+            whole = Head(head.weight, getattr(head, "bias", None), self._scale, self._softcap)  # as the server's
+            difference = (self._log_probs(inside, whole).cpu() - torch.tensor(own)).abs().mean().item()
             if not difference <= nats:
                 raise self._other_model(f"its log-probabilities differ from the head's by {difference:.2g} nats")
             self.has_log_probs = True
@@ -132,7 +133,7 @@ class ServedTeacher(Backbone):
         answered = [sequence for sequence in sequences if sequence.supervised]
         if not answered:
             return None
-        loss = -self._log_probs(collate(answered).to(self.device)).mean().item()
+        loss = -self._log_probs(collate(answered).to(self.device), self.head()).mean().item()
         chance = math.log(self.vocab)
         if not loss < chance and not self.has_log_probs:
             raise self._other_model(
@@ -140,8 +141,8 @@ class ServedTeacher(Backbone):
             )
         return loss
 
-    def _log_probs(self, batch: Batch) -> Tensor:
-        logits_NV = self.head().logits(self.hidden(batch))
+    def _log_probs(self, batch: Batch, head: Head) -> Tensor:
+        logits_NV = head.logits(self.hidden(batch))
         return logits_NV.log_softmax(-1).gather(-1, batch.targets_N[:, None])[:, 0]
 
     def _other_model(self, why: str) -> ServerError:

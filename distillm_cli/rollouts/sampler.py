@@ -98,8 +98,11 @@ class SampledOutput:
 class Sampler(Protocol):
     """Sample a model's outputs during training, by the built-in sampler or another engine."""
 
-    def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Rollout]:
-        """Return a response of the current model to each prompt. The prompts' own responses are ignored."""
+    def sample(self, prompts: SequenceOf[Sequence], step: int, places: SequenceOf[int] | None = None) -> list[Rollout]:
+        """Return a response of the current model to each prompt. The prompts' own responses are ignored.
+
+        places: index of each prompt in the whole draw, if these are a share of it.
+        """
 
 
 class ModelSampler:
@@ -133,13 +136,13 @@ class ModelSampler:
         self.sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
         self.width = DecodeWidth(listener)
 
-    def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Rollout]:
+    def sample(self, prompts: SequenceOf[Sequence], step: int, places: SequenceOf[int] | None = None) -> list[Rollout]:
         longest = self.config.most_new_tokens(step / self.steps)
         outputs = sample(
             self.decoder,
             [s.prompt for s in prompts],
             self.sampling,
-            row_seeds(self.seed, prompts, step, by_row=self.by_row),
+            row_seeds(self.seed, prompts, step, places, by_row=self.by_row),
             limits=[min(self.max_length - len(s.prompt), longest) for s in prompts],
             with_log_probs=self.with_log_probs,
             width=self.width,
@@ -147,11 +150,13 @@ class ModelSampler:
         return [_rollout(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
 
 
-def row_seeds(seed: int, prompts: SequenceOf[Sequence], step: int, *, by_row: bool) -> list[tuple[int, int]]:
+def row_seeds(
+    seed: int, prompts: SequenceOf[Sequence], step: int, places: SequenceOf[int] | None = None, *, by_row: bool
+) -> list[tuple[int, int]]:
     """Return the random key of each row of a draw. by_row: it depends on the row, otherwise on its index in the draw."""
     if by_row:
         return [(seed, (step << 32) + s.row) for s in prompts]
-    return [(seed, (step << 24) + i) for i in range(len(prompts))]
+    return [(seed, (step << 24) + i) for i in places or range(len(prompts))]
 
 
 def _rollout(prompt: Sequence, output: SampledOutput) -> Rollout:

@@ -7,6 +7,7 @@ too, has other weights and would answer all the same.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from distillm_cli.config.schema import RolloutConfig
-from distillm_cli.errors import ServerError
+from distillm_cli.errors import NonFiniteError, ServerError
 from distillm_cli.rollouts.next_token import Sampling
 from distillm_cli.rollouts.sampler import max_response_tokens, row_seeds
 from distillm_cli.servers.completions import Completion, Request, ServedModel, complete, seed_of
@@ -69,6 +71,8 @@ class ServerSampler:
 
     config, max_length, seed, steps, by_row: as for ``ModelSampler``. The random numbers are the server's own, so other
     outputs are drawn than by the built-in sampler, except at temperature 0.
+
+    On several processes, one of them calls ``synchronize``, and then each calls ``ask`` for its share of the prompts.
     """
 
     def __init__(
@@ -96,20 +100,20 @@ class ServerSampler:
         self.sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
         self._is_checked = False
 
-    def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Rollout]:
-        """Return a response of the current student to each prompt.
+    def sample(self, prompts: SequenceOf[Sequence], step: int, places: SequenceOf[int] | None = None) -> list[Rollout]:
+        """Return a response of the current student to each prompt. places: as for ``Sampler``.
 
         If the server lost the weights or the connection, both steps are repeated once.
         """
         try:
             self.synchronize()
-            return self.ask(prompts, step)
+            return self.ask(prompts, step, places)
         except ServerError as error:
             if error.code not in ("server.unreachable", "server.other_weights"):
                 raise
             self.emit(Warned(f"{error.what}: sending the weights again"))
         self.synchronize()
-        return self.ask(prompts, step)
+        return self.ask(prompts, step, places)
 
     def synchronize(self) -> None:
         """Send the current weights to the server."""
@@ -117,7 +121,7 @@ class ServerSampler:
             self.student.save(directory)
             reload_weights(self.server, directory)
 
-    def ask(self, prompts: SequenceOf[Sequence], step: int) -> list[Rollout]:
+    def ask(self, prompts: SequenceOf[Sequence], step: int, places: SequenceOf[int] | None = None) -> list[Rollout]:
         """Return the server's response to each prompt, with the weights that it has. Raises ServerError.
 
         A restarted server has other weights: the last response is compared with the student, and no connection may have
@@ -126,7 +130,9 @@ class ServerSampler:
         if not self._is_checked:
             self._check_model(prompts[:_PROBE_ROWS])
         lost = self.server.lost_connections
-        rollouts, log_probs = self._responses(prompts, step, self.sampling, with_log_probs={len(prompts) - 1})
+        seeds = [seed_of(*key) for key in row_seeds(self.seed, prompts, step, places, by_row=self.by_row)]
+        longest = self.config.most_new_tokens(step / self.steps)
+        rollouts, log_probs = self._responses(prompts, seeds, self.sampling, longest, with_log_probs={len(prompts) - 1})
         difference = self._difference(rollouts[-1:], log_probs[-1:])
         if self.server.lost_connections != lost or difference > _TOLERANCE[self.student.itemsize]:
             what = f"{self.server.url} no longer has the student's weights"
@@ -136,7 +142,8 @@ class ServerSampler:
 
     def _check_model(self, prompts: SequenceOf[Sequence]) -> None:
         """Raise ServerError unless the server computes what the student computes, on a few greedy tokens."""
-        rollouts, log_probs = self._responses(prompts, 0, _PROBE, with_log_probs=range(len(prompts)))
+        rows = range(len(prompts))
+        rollouts, log_probs = self._responses(prompts, rows, _PROBE, _PROBE.max_new_tokens, with_log_probs=set(rows))
         difference = self._difference(rollouts, log_probs)
         tolerance = _TOLERANCE[self.student.itemsize]
         if difference > tolerance:
@@ -151,52 +158,51 @@ class ServerSampler:
 
     def _difference(self, rollouts: SequenceOf[Rollout], log_probs: SequenceOf[SequenceOf[float] | None]) -> float:
         """Return the mean difference of the tokens' log-probabilities between server and student, nats."""
+        own = self.student.log_probs(rollouts).double().cpu().numpy()
+        if not np.isfinite(own).all():
+            hint = "its weights have diverged or are damaged: use an earlier checkpoint"
+            raise NonFiniteError("numbers.not_finite", "logits are not finite during sampling", hint=hint)
         served = np.concatenate([np.asarray(row, dtype=np.float64) for row in log_probs if row is not None])
-        difference = np.abs(self.student.log_probs(rollouts).double().cpu().numpy() - served)
-        return float(difference.mean()) if np.isfinite(difference).all() else float("inf")
+        difference = float(np.abs(own - served).mean())
+        return difference if math.isfinite(difference) else math.inf
 
     def _responses(
         self,
         prompts: SequenceOf[Sequence],
-        step: int,
+        seeds: SequenceOf[int],
         sampling: Sampling,
+        longest: int,
         *,
-        with_log_probs: SequenceOf[int] | set[int],
+        with_log_probs: set[int],
     ) -> tuple[list[Rollout], list[list[float] | None]]:
         """Return the responses and, for the rows in ``with_log_probs``, the log-probabilities of their tokens."""
-        longest = min(sampling.max_new_tokens, self.config.most_new_tokens(step / self.steps))
         context = self.student.context
-        stop_ids = tuple(sorted(self.student.stop_ids))
-        suppressed = self.student.suppressed_ids
-        requests = []
-        for i, (prompt, seed) in enumerate(
-            zip(prompts, row_seeds(self.seed, prompts, step, by_row=self.by_row), strict=True)
-        ):
-            limit = min(self.max_length - len(prompt.prompt), longest)
-            requests.append(
-                Request(
-                    max_response_tokens(len(prompt.prompt), sampling, context, limit),
-                    sampling.temperature,
-                    sampling.top_p,
-                    sampling.top_k,
-                    seed=seed_of(*seed),
-                    stop_ids=stop_ids,
-                    suppressed=suppressed,
-                    with_log_probs=i in with_log_probs,
-                )
-            )
+        limits = [
+            max_response_tokens(len(s.prompt), sampling, context, min(self.max_length - len(s.prompt), longest))
+            for s in prompts
+        ]
+        shared = Request(
+            max(limits),
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            stop_ids=tuple(sorted(self.student.stop_ids)),
+            suppressed=self.student.suppressed_ids,
+        )
 
         def ask(i: int) -> Completion:
-            return complete(self.server, self.model, prompts[i].prompt.tolist(), requests[i])
+            request = replace(shared, max_new_tokens=limits[i], seed=seeds[i], with_log_probs=i in with_log_probs)
+            return complete(self.server, self.model, prompts[i].prompt.tolist(), request)
 
         completions = dict(in_parallel(ask, range(len(prompts)), _WORKERS))
+        suppressed = set(shared.suppressed)
         rollouts = []
         for i, prompt in enumerate(prompts):
             token_ids = completions[i].token_ids
-            if not token_ids or len(token_ids) > requests[i].max_new_tokens:
-                raise self.server.invalid(
-                    f"{len(token_ids or ())} token ids for {requests[i].max_new_tokens} requested"
-                )
+            if not token_ids or len(token_ids) > limits[i]:
+                raise self.server.invalid(f"{len(token_ids or ())} token ids, expected 1 to {limits[i]}")
+            if not suppressed.isdisjoint(token_ids):
+                raise self.server.invalid("a token id that is not in the vocabulary")
             rollouts.append(Rollout(prompt.prompt, np.array(token_ids, dtype=np.int32), prompt.row))
         return rollouts, [completions[i].log_probs for i in range(len(prompts))]
 

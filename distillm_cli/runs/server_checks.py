@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from distillm_cli.config.schema import Recipe, chosen
+from distillm_cli.config.schema import AUTO, Recipe, chosen
 from distillm_cli.errors import ServerError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ _CHECKED_ROWS = 8
 
 def check_servers(recipe: Recipe) -> None:
     """Check that the servers of a fitted recipe are there and have what the run needs. Raises ServerError, UsageError."""
-    if recipe.method == "sft":
+    if recipe.method == "sft" or recipe.data.max_length == AUTO:  # auto: loading the models reports why
         return
     for key, connect in (("rollout.server", rollout_server), ("teacher.server", teacher_server)):
         if (recipe.rollout if key.startswith("rollout") else recipe.teacher).server is None:

@@ -89,6 +89,37 @@ def test_greedy_rollouts_of_a_server_give_the_same_run(cli, models, lora):
     assert 0 < draws <= result["rollout_steps"], "one synchronization for each bulk"
 
 
+def test_padded_rows_of_the_head_are_never_sampled(cli, models, tmp_path):
+    padded = {**models, "student": tiny.save(tmp_path / "padded", rows=tiny.VOCAB + 7, seed=2)}
+    own, _ = run(cli, padded, "own", "--set", "rollout.temperature=0")
+    with serving(padded["student"]) as server:
+        served, _ = run(cli, padded, "served", "--set", "rollout.temperature=0", "--rollout-server", server.url)
+        biases = server.bodies["/v1/completions"][-1]["logit_bias"]
+    assert served == own
+    assert sorted(map(int, biases)) == list(range(tiny.VOCAB, tiny.VOCAB + 7))
+
+
+def test_student_in_bf16_is_sent_and_compared_in_bf16(cli, models):
+    with serving(models["student"], dtype=torch.bfloat16) as server:
+        run(cli, models, "out", "--set", "student.dtype=bf16", "--rollout-server", server.url)
+        assert server.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("student", ["random:2x32", "shared:1x2", "layers:1"])
+def test_student_that_the_run_builds_is_served(cli, models, student):
+    """Check that the directory of ``distillm serve rollouts`` takes the weights of the run."""
+    built = {**models, "student": student}
+    more = ["--set", "rollout.temperature=0"]
+    fields = ["--set", f"teacher.path={models['teacher']}", "--set", f"data.source={models['rows']}"]
+    fields += ["--set", "data.max_length=32", "--set", "student.dtype=fp32"]
+    code, answer, err = cli("serve", "rollouts", "--model", student, *fields, "--json")
+    assert code == 0, err
+    own, _ = run(cli, built, "own", *more)
+    with serving(answer["arguments"][2]) as server:
+        served, _ = run(cli, built, "served", *more, "--rollout-server", server.url)
+    assert served == own
+
+
 def test_each_row_has_its_own_seed(cli, models):
     with serving(models["student"]) as server:
         run(cli, models, "a", "--rollout-server", server.url)
