@@ -216,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
         failing = server.fail.get(self.path)
         found = failing.popleft() if failing else server.answer(self.path, body)
         if isinstance(found, int):
-            message = json.dumps({"error": {"message": f"fault {found}"}}).encode()
+            message = json.dumps({"error": {"message": f"fault {found} for {self.headers['authorization']}"}}).encode()
             self._send(found, dict(server.headers), message)
         else:
             self._send(200, *found)

@@ -10,7 +10,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,11 +34,13 @@ from distillm_cli.models.tokenizer_files import own_tokenizer
 from distillm_cli.runs import inference
 from distillm_cli.runs.inference import Settings
 from distillm_cli.runs.run_results import SERVER, CheckpointScores, EvalResult
-from distillm_cli.runs.server_model import ServerModel, check_eval_on_server, connect_model
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.utils.memory import resume_garbage_collection
 from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.threads import set_threads
+
+if TYPE_CHECKING:
+    from distillm_cli.runs.server_model import ServerModel
 
 SuiteScores = dict[str, Any]  # a suite's object in `--json`
 
@@ -113,7 +115,12 @@ def _jobs(
             raise UsageError(
                 "usage.no_data", f"no suite to score {checkpoint} on", hint="use --suite dolly, or --suite FILE"
             )
-        _check_trigger(checkpoint, recipe) if server is None else check_eval_on_server(checkpoint, recipe.eval)
+        if server is None:
+            _check_trigger(checkpoint, recipe)
+        else:
+            from distillm_cli.runs.server_model import check_eval_on_server  # imports an HTTP client
+
+            check_eval_on_server(checkpoint, recipe.eval)
         key = (recipe.data, recipe.eval.suites, recipe.eval.limit)
         if key not in loaded:
             loaded[key] = load_suites(recipe, listener)
@@ -232,6 +239,8 @@ def _score_responses(job: _Job, suites: list[Suite], resume: bool, listener: Lis
         inference.check_model(decoder, encoder, suites[0].rows[0], listener)
         about = _about(job, decoder.model)
     else:
+        from distillm_cli.runs.server_model import connect_model
+
         decoder, encoder = connect_model(job.checkpoint, job.server, job.recipe, listener)
         about = {"model": job.checkpoint, **decoder.identity}
     inference.report_template(encoder, [row for suite in suites for row in suite.rows], listener)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,10 +25,12 @@ from distillm_cli.runs.inference import Settings
 from distillm_cli.runs.prompt_source import PromptSource, check_request, exact_texts, read_prompts
 from distillm_cli.runs.responses import Line, ResponseFile
 from distillm_cli.runs.run_results import Generated, GenerateResult
-from distillm_cli.runs.server_model import ServerModel, connect_model
 from distillm_cli.training.events import Event, Listener, Note, Progress
 from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.text import counted
+
+if TYPE_CHECKING:
+    from distillm_cli.runs.server_model import ServerModel
 
 _CHUNK_BATCHES = 8  # batches that are sorted by length and written together; an interrupted run loses at most these
 
@@ -67,6 +69,8 @@ def generate_responses(
         decoder, encoder = inference.load_model(model, recipe, listener)
         inference.check_model(decoder, encoder, rows[0], listener)
     else:
+        from distillm_cli.runs.server_model import connect_model  # imports an HTTP client
+
         decoder, encoder = connect_model(model, server, recipe, listener)
     inference.report_template(encoder, rows, listener)
     generation = _generation(rows, source.samples, decoder, encoder, recipe, listener)
@@ -209,7 +213,7 @@ class _Generation:
 
 def _identity(decoder: Backbone | ServerModel) -> dict[str, str]:
     """Return the dtype and the fingerprint of the weights, or what a server has in their place."""
-    if isinstance(decoder, ServerModel):
+    if not isinstance(decoder, Backbone):
         return decoder.identity
     model = decoder.model
     weights = weights_fingerprint(model.state_dict().items())
@@ -240,7 +244,7 @@ def _prompt_texts(
     rows: list[Row], ids: list[np.ndarray], decoder: Backbone | ServerModel, encoder: Encoder, listener: Listener
 ) -> list[str]:
     """Return each prompt as text, with the same tokens if they are known here."""
-    if isinstance(decoder, ServerModel) and decoder.is_text:
+    if not isinstance(decoder, Backbone) and decoder.is_text:
         return [encoder.renderer.prompt(row) for row in rows]
     return exact_texts(rows, ids, encoder, listener)
 

@@ -301,8 +301,8 @@ def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelRepor
     models_in_order = (BEFORE, FINE_TUNED, PRE_TRAINED, AFTER, TEACHER, TEACHER_BEFORE, TEACHER_AFTER)
     order = [name for name in models_in_order if name in models]
     label = labels(state, recipe)
-    shown = [name for name in order if name != TEACHER_BEFORE and models[name].answers]  # a served teacher has none
-    samples = _samples(run, {model_title(name, recipe): models[name].answers for name in shown})
+    hidden = TEACHER if recipe.teacher.server is not None else TEACHER_BEFORE  # a teacher on a server does not respond
+    samples = _samples(run, {model_title(name, recipe): models[name].answers for name in order if name != hidden})
     # Without test rows, `--suite SOURCE` would score training rows too; without `--suite`, held-out rows are scored.
     suites = recipe.eval.suites or ((recipe.data.source,) if "test" in run.train_rows.splits else ())
     first_row = next(iter(run.valid.rows), None)
@@ -329,7 +329,7 @@ def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelRepor
 
 def _samples(run: Prepared, answers: Mapping[str, list[str]]) -> tuple[Sample, ...]:
     """Return three evenly spaced held-out rows with the response of every model."""
-    answered = min((len(texts) for texts in answers.values()), default=0)
+    answered = min(len(texts) for texts in answers.values())
     indices = sorted({0, answered // 3, 2 * answered // 3}) if answered else []
     return tuple(
         Sample(

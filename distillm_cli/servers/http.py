@@ -54,7 +54,7 @@ class Server:
         self.lost_connections = 0
         self._sleep = sleep
         self._timeout = _seconds(TIMEOUT, _TIMEOUT_SECONDS)
-        key = os.environ.get(KEY)
+        key = self._key = os.environ.get(KEY)
         self._client = httpx2.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx2.Timeout(self._timeout, connect=_CONNECT_SECONDS, pool=None),
@@ -142,6 +142,8 @@ class Server:
     def _refused(self, response: httpx2.Response, path: str) -> ServerError:
         status = response.status_code
         message = _message(response)
+        if self._key:
+            message = message.replace(self._key, "…")
         if status in (401, 403):
             hint = f"set {KEY} to the server's key"
             return ServerError("server.unauthorized", f"{self.url} refused the key", where=self.name, hint=hint)
