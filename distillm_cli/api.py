@@ -133,6 +133,8 @@ class PlanFields(_TrainingFields, total=False):
     alpha: float
     schedule: str | Fields
     teacher_cache: str
+    teacher_server: str
+    rollout_server: str
 
 
 class DistillFields(PlanFields, total=False):
@@ -614,6 +616,7 @@ def generate(
     *,
     recipe: str | Path | Resolved | None = None,
     output: str | Path | None = None,
+    server: str | None = None,
     display: bool = False,
     listener: Listener | None = None,
     **fields: Unpack[GenerateFields],
@@ -621,7 +624,9 @@ def generate(
     """Sample responses from a model, as ``distillm generate`` does.
 
     model: a name, a path, the result of a run, or an object, which is saved in a temporary directory. prompts: one or more
-    instructions. output: a ``.jsonl`` file; None: ``responses`` of the result has the rows. fields: see ``GenerateFields``.
+    instructions. output: a ``.jsonl`` file; None: ``responses`` of the result has the rows. server: address of an
+    OpenAI-compatible server that generates; ``model`` is then a directory with the tokenizer, or a name on the server.
+    fields: see ``GenerateFields``.
     """
     keywords: dict[str, Any] = dict(fields)
     data = None
@@ -647,7 +652,7 @@ def generate(
         )
         settings = Settings(_settings_recipe("generate", recipe, flags, given.sets), flags, given.sets)
         place = None if output is None else str(output)
-        return generate_responses(path, source, settings, listen, output=place, **file)
+        return generate_responses(path, source, settings, listen, output=place, server=server, **file)
 
 
 def evaluate(
@@ -655,6 +660,7 @@ def evaluate(
     *,
     recipe: str | Path | Resolved | None = None,
     output: str | Path | None = None,
+    server: str | None = None,
     display: bool = False,
     listener: Listener | None = None,
     **fields: Unpack[EvalFields],
@@ -662,8 +668,9 @@ def evaluate(
     """Score one model, or a list of models, as ``distillm eval`` does.
 
     models: names, paths, results of runs, or objects, which are saved in a temporary directory. output: directory of the
-    results; None: ``eval/`` in each model's directory, or ``eval-NAME/`` for names of the hub and objects. fields: see
-    ``EvalFields``. ``suite`` is a name, a file, a list of these, or rows.
+    results; None: ``eval/`` in each model's directory, or ``eval-NAME/`` for names of the hub and objects. server: address
+    of an OpenAI-compatible server that generates, for one model as in ``generate``. fields: see ``EvalFields``. ``suite``
+    is a name, a file, a list of these, or rows.
     """
     chosen = models if isinstance(models, list) else [models]
     with _in_directory() as directory, _reporting(display, listener) as (listen, ui):
@@ -678,7 +685,7 @@ def evaluate(
         from distillm_cli.runs.inference import Settings
 
         settings = Settings(_settings_recipe("eval", recipe, flags, given.sets), flags, given.sets)
-        result = evaluate_checkpoints(checkpoints, settings, listen, output=place)
+        result = evaluate_checkpoints(checkpoints, settings, listen, output=place, server=server)
         if ui is not None:
             from distillm_cli.ui.summary import eval_summary
 

@@ -2,7 +2,7 @@
 
 Exit codes are part of the interface for scripts:
 0 done · 1 unexpected · 2 usage or recipe · 3 data · 4 model or tokenizer · 5 checkpoint · 6 non-finite numbers ·
-7 out of memory · 8 storage · 9 a peer process died · 129/130/143 interrupted (SIGHUP, Ctrl-C, SIGTERM).
+7 out of memory · 8 storage · 9 a peer process died · 10 a server · 129/130/143 interrupted (SIGHUP, Ctrl-C, SIGTERM).
 """
 
 from __future__ import annotations
@@ -117,6 +117,12 @@ class PeerProcessError(DistillmError):
     """Report that another process of the run died."""
 
     exit_code = 9
+
+
+class ServerError(DistillmError):
+    """Report a server that cannot be reached, fails, or does not serve what the run needs."""
+
+    exit_code = 10
 
 
 class Interrupted(DistillmError):

@@ -20,6 +20,7 @@ EXIT_CODES = {
     "memory": 7,
     "storage": 8,
     "process": 9,
+    "server": 10,
 }
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from distillm_cli.cli import options
+from distillm_cli.cli.generate import ServedBy
 from distillm_cli.cli.options import FieldFlags, command
 from distillm_cli.cli.usage import check_sampling_inputs
 
@@ -39,6 +40,7 @@ ResultsDirectory = Annotated[
         "distillm eval runs/a runs/b --suite dolly,self-inst,vicuna --json",
         "distillm eval ckpt/ --suite words/test.jsonl --metric error_rate --greedy",
         "distillm eval gpt2 --suite sni --limit 100 --seeds 10",
+        "distillm eval NAME --server https://HOST/v1 --suite dolly --set eval.no_repeat_ngram_size=0",
     ),
 )
 def eval_checkpoints(
@@ -47,6 +49,7 @@ def eval_checkpoints(
     recipe: options.RecipeOption = None,
     sets: options.Set = None,
     output: ResultsDirectory = None,
+    server: ServedBy = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -60,7 +63,7 @@ def eval_checkpoints(
 
     flags = evaluation_flags(fields)
     suites = flags["eval.suites"].value if "eval.suites" in flags else []
-    check_sampling_inputs("eval", checkpoints, suites, recipe, flags, sets)
+    check_sampling_inputs("eval", checkpoints if server is None else [], suites, recipe, flags, sets)
 
     from distillm_cli.runs.eval import evaluate_checkpoints  # imports torch
     from distillm_cli.runs.inference import Settings
@@ -68,6 +71,6 @@ def eval_checkpoints(
     from distillm_cli.ui.summary import eval_summary
 
     with console(json_mode=json, quiet=quiet) as ui:
-        result = evaluate_checkpoints(checkpoints, Settings(recipe, flags, sets), ui, output=output)
+        result = evaluate_checkpoints(checkpoints, Settings(recipe, flags, sets), ui, output=output, server=server)
         ui.answer(*eval_summary(result))
         ui.result(result.as_json())

@@ -61,6 +61,16 @@ PromptLimit = Annotated[
     int | None,
     typer.Option("--limit", metavar="N", help="Use only the first N prompts.", rich_help_panel=MODELS_PANEL),
 ]
+ServedBy = Annotated[
+    str | None,
+    typer.Option(
+        "--server",
+        metavar="URL",
+        callback=options.check_named,
+        help="OpenAI-compatible server that generates. --model: a directory with the tokenizer, or a name on the server.",
+        rich_help_panel=MODELS_PANEL,
+    ),
+]
 ResponsesPerPrompt = Annotated[
     int,
     typer.Option(
@@ -100,6 +110,7 @@ class PromptOptions:
     """Hold the options for the model, its prompts and the number of responses."""
 
     model: SampledModel = None
+    server: ServedBy = None
     data: PromptData = None
     split: PromptSplit = None
     prompts: Prompt = None
@@ -125,6 +136,7 @@ class RowsOptions:
         'distillm generate --model ckpt/ --prompt "Name three rivers."',
         "distillm generate --model gpt2-xl --data dolly --output teacher.jsonl",
         "distillm generate --model gpt2-xl --data dolly --output teacher.jsonl --resume",
+        "distillm generate --server http://127.0.0.1:8000 --model ckpt/ --data dolly --output teacher.jsonl",
         "cat questions.txt | distillm generate --model ckpt/ --input - --n 4 --temperature 0.7",
     ),
 )
@@ -164,7 +176,8 @@ def generate(
     )
     check_request(source, file.output, resume=file.resume, overwrite=file.overwrite)
     sources = [] if chosen.data is None else [chosen.data]
-    check_sampling_inputs("generate", [chosen.model], sources, recipe, flags, sets)
+    models = [chosen.model] if chosen.server is None else []
+    check_sampling_inputs("generate", models, sources, recipe, flags, sets)
 
     from distillm_cli.runs.generate import generate_responses  # imports torch
     from distillm_cli.runs.inference import Settings
@@ -181,5 +194,5 @@ def generate(
             else:
                 ui(event)
 
-        result = generate_responses(chosen.model, source, settings, listen, **vars(file))
+        result = generate_responses(chosen.model, source, settings, listen, server=chosen.server, **vars(file))
         ui.result(result.as_json())

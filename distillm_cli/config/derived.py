@@ -22,10 +22,11 @@ _EXTRAS = tuple(f"{name}." for name in EXTRAS)
 
 # Fields that may differ between a run and its resume, because no later step depends on them.
 _CHANGEABLE = (
-    "teacher.cache_dir", "teacher.device_map", "teacher.max_memory", "teacher.offload", "train.keep", "train.log_steps",
-    "train.device", "train.threads", "train.offload_activations", "data.workers", "data.store", "data.store_dir",
-    "eval.suites", "eval.batch_size", "eval.report_teacher",
+    "rollout.server_dir", "teacher.cache_dir", "teacher.device_map", "teacher.max_memory", "teacher.offload", "train.keep",
+    "train.log_steps", "train.device", "train.threads", "train.offload_activations", "data.workers", "data.store",
+    "data.store_dir", "eval.suites", "eval.batch_size", "eval.report_teacher",
 )  # fmt: skip
+_SERVERS = ("teacher.server", "rollout.server")  # another address is the same run, with a server or without is not
 
 
 def sft_stage_recipe(resolved: Resolved) -> Resolved | None:
@@ -185,8 +186,10 @@ def fixed_values(recipe: Recipe) -> dict[str, object]:
     def flatten(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, object]]:
         for key, value in section.items():
             dotted = f"{prefix}{key}"
-            if dotted in changeable:
+            if dotted in changeable or (dotted in _SERVERS and value is None):
                 continue
+            if dotted in _SERVERS:
+                value = "a server"
             if isinstance(value, dict):
                 yield from flatten(value, f"{dotted}.")
             else:

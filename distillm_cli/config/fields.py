@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from distillm_cli import plugins
 
@@ -20,6 +31,23 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 Exponent = Annotated[float, Field(ge=-2, le=2)]
 Name = Annotated[str, Field(min_length=1)]
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+_URL = re.compile(r"https?://[^\s/?#@]+(/[^\s?#@]*)?")
+
+
+def checked_url(url: str) -> str:
+    """Return the address of a server without slashes at its end. Raises ValueError for anything else.
+
+    It has no user and no parameters: a key is read from the environment, so that no file and no message has it.
+    """
+    if "@" in url or "?" in url:
+        raise ValueError("expected an address without a user, password or parameters; set DISTILLM_SERVER_KEY to a key")
+    if _URL.fullmatch(url) is None:
+        raise ValueError("expected an address like http://127.0.0.1:8000")
+    return url.rstrip("/")
+
+
+ServerUrl = Annotated[str, AfterValidator(checked_url)]
+
 # Metrics that select a checkpoint: on held-out rows without generation, or of generated responses.
 HeldOutMetric = Literal["valid_loss", "valid_divergence"]
 

@@ -48,7 +48,8 @@ _INPUT_SECTIONS = {
 }
 # Text fields that name no input.
 _NOT_INPUTS = (
-    "method", "teacher.cache_dir", "teacher.revision", "student.revision", "train.device", "data.tasks",
+    "method", "teacher.cache_dir", "teacher.server", "rollout.server", "rollout.server_dir",
+    "teacher.revision", "student.revision", "train.device", "data.tasks",
     "data.columns.prompt", "data.columns.input", "data.columns.response",
 )  # fmt: skip
 

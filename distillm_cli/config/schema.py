@@ -33,6 +33,7 @@ from distillm_cli.config.fields import (
     Probability,
     Section,
     Seed,
+    ServerUrl,
     UsedWhen,
 )
 from distillm_cli.config.objective import OBJECTIVE, ObjectiveConfig
@@ -62,6 +63,7 @@ _ADVERSARIAL_STEPS = UsedWhen({"train.adversarial": ("pgd",)}, of_method=False)
 _ATTACK = UsedWhen({"eval.attack": ("fgsm", "pgd")}, of_method=False)
 _ATTACK_STEPS = UsedWhen({"eval.attack": ("pgd",)}, of_method=False)
 _BUILTIN = {"data.source": ("builtin",)}
+_SERVER = Condition("that is given", "http://127.0.0.1:8000", lambda url: url is not None)
 _RANK = Condition("that is given", 16, lambda rank: rank is not None)
 
 plugins.metrics.close("the schema of recipes")
@@ -137,6 +139,12 @@ class TeacherConfig(Section):
     )
     offload: bool = Field(
         False, description="Keep the weights in host memory, and move them to the device for each use. Needs a GPU."
+    )
+    server: ServerUrl | None = Field(
+        None,
+        examples=["http://127.0.0.1:8001"],
+        description="Address of a vLLM pooling server that computes the teacher's hidden states. teacher.path has the "
+        "config, the tokenizer and the head, which is all that is loaded. Unset: the teacher runs in this process.",
     )
 
 
@@ -416,6 +424,17 @@ class RolloutConfig(Section):
         0.0,
         description="α of the mixture α·teacher + (1 − α)·student that rollouts are sampled from (MiniLLM: 0.2). 0: the "
         "student alone.",
+    )
+    server: Annotated[ServerUrl | None, _STUDENT_DECODES] = Field(
+        None,
+        examples=["http://127.0.0.1:8000"],
+        description="Address of a vLLM server that samples the student's outputs. It gets the student's weights before "
+        "each bulk. Unset: they are sampled in this process.",
+    )
+    server_dir: Annotated[Name | None, UsedWhen({"rollout.server": _SERVER}, of_method=False)] = Field(
+        None,
+        description="Directory through which rollout.server gets the weights, on a file system that it sees too. Unset: "
+        "/dev/shm.",
     )
 
     def most_new_tokens(self, progress: float) -> int:
@@ -763,6 +782,7 @@ class Recipe(Section):
                 self.student.path
             ),
             "sentence embeddings need the whole teacher": self.disco.enabled,
+            "a server has the teacher's weights (teacher.server)": teacher.server is not None,
         }
         for problem in (text for text, is_met in problems.items() if is_met):
             raise ValueError(f"{key}: {problem}; try {change}")
@@ -770,6 +790,46 @@ class Recipe(Section):
             raise ValueError(
                 f"{key}: the teacher would sample slowly; generate its responses first, and try "
                 "--set data.teacher_samples=FILE"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_teacher_server(self) -> Recipe:
+        if self.teacher.server is None or self.method == "sft":
+            return self
+        drop = "run the teacher in this process, without teacher.server"
+        if self.teacher_trainer is not None:
+            raise ValueError(f"teacher.server: the run changes the teacher ({self.teacher_trainer}); {drop}")
+        if self.decodes_with_teacher and self.schedule.uses_student_outputs:
+            raise ValueError(f"teacher.server: the teacher takes part in decoding (method {self.method}); {drop}")
+        if self.schedule.uses_teacher_samples and self.data.teacher_samples is None:
+            raise ValueError(
+                "teacher.server: a pooling server does not generate the teacher's samples; try `distillm generate "
+                "--server URL --output FILE` and --set data.teacher_samples=FILE"
+            )
+        if self.runs_teacher_on_embeddings:
+            raise ValueError(f"teacher.server: the run needs the teacher's states of input embeddings; {drop}")
+        if student_spec.copies_layers(self.student.path):
+            raise ValueError(f"teacher.server: student {self.student.path} would copy the teacher's layers; {drop}")
+        if self.teacher.quantize != "none":
+            raise ValueError(
+                f"teacher.quantize {self.teacher.quantize}: the server has the weights; try --set teacher.quantize=none"
+            )
+        if self.disco.enabled:
+            raise ValueError(f"teacher.server: sentence embeddings need the teacher itself; {drop}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_rollout_server(self) -> Recipe:
+        if self.rollout.server is None or self.method == "sft" or not self.schedule.uses_student_outputs:
+            return self
+        drop = "sample in this process, without rollout.server"
+        if self.decodes_with_teacher:
+            raise ValueError(f"rollout.server: the teacher takes part in decoding (method {self.method}); {drop}")
+        if self.schedule.weights_replay:
+            raise ValueError(
+                "rollout.server: schedule.freshness needs the student's log-probabilities of each sampled token; "
+                f"{drop}"
             )
         return self
 

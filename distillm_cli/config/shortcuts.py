@@ -70,6 +70,8 @@ FIELD_FLAGS = (
     FieldFlag("--alpha", ("objective.alpha",), DISTILLATION_VERBS, METHOD_PANEL, "A"),
     FieldFlag("--schedule", ("schedule.kind",), DISTILLATION_VERBS, METHOD_PANEL, "KIND"),
     FieldFlag("--teacher-cache", ("teacher.cache",), DISTILLATION_VERBS, METHOD_PANEL, "WHERE"),
+    FieldFlag("--teacher-server", ("teacher.server",), DISTILLATION_VERBS, METHOD_PANEL, "URL"),
+    FieldFlag("--rollout-server", ("rollout.server",), DISTILLATION_VERBS, METHOD_PANEL, "URL"),
     FieldFlag("--lr", ("train.lr",), TRAINING_VERBS, TRAINING_PANEL, "X"),
     FieldFlag("--batch-size", ("train.batch_size",), TRAINING_VERBS, TRAINING_PANEL, "N"),
     FieldFlag("--epochs", ("train.epochs",), TRAINING_VERBS, TRAINING_PANEL, "X"),

@@ -25,7 +25,7 @@ from distillm_cli.evaluation.metrics import Metric, RatioMetric, RatioParts, get
 from distillm_cli.evaluation.reasoning import without_reasoning
 from distillm_cli.evaluation.robustness import AttackResult
 from distillm_cli.evaluation.suites import Suite
-from distillm_cli.rollouts.sampler import Decoder, SampledOutput, Sampling, sample_all
+from distillm_cli.rollouts.sampler import Decoder, Responder, SampledOutput, Sampling, sample_all
 from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Warned, silent
 
@@ -60,6 +60,8 @@ class Score:
 class Answer:
     """Hold one row's response. tokens: their number, including end-of-sequence. entropy: their mean, in nats.
 
+    A server gives no entropy.
+
     text: the scored part. output: the whole response, including reasoning and structural special tokens. counts: by
     RatioMetric, the row's contribution to the ratio.
     """
@@ -68,7 +70,7 @@ class Answer:
     output: str
     tokens: int
     complete: bool
-    entropy: float
+    entropy: float | None
     counts: dict[str, RatioParts]
 
 
@@ -112,7 +114,7 @@ class SuiteResult:
     answers: dict[str, list[Answer]]
     tokens: int
     seconds: float
-    entropy: float
+    entropy: float | None
     complete: float
     triggered: TriggerAttack | None = None
     attack: AttackResult | None = None
@@ -142,7 +144,7 @@ class SuiteResult:
 
 
 def evaluate_suite(
-    decoder: Decoder,
+    decoder: Decoder | Responder,
     encoder: Encoder,
     suite: Suite,
     config: schema.EvalConfig,
@@ -174,14 +176,20 @@ def evaluate_suite(
         answers=answers,
         tokens=tokens,
         seconds=seconds,
-        entropy=sum(answer.entropy * answer.tokens for answer in all_answers) / tokens,
+        entropy=_mean_entropy(all_answers),
         complete=sum(answer.complete for answer in all_answers) / len(all_answers),
         triggered=triggered,
     )
 
 
+def _mean_entropy(answers: SequenceOf[Answer]) -> float | None:
+    """Return the mean entropy of all tokens, nats; None if a server generated them."""
+    sums = [answer.entropy * answer.tokens for answer in answers if answer.entropy is not None]
+    return sum(sums) / sum(answer.tokens for answer in answers) if len(sums) == len(answers) else None
+
+
 def _with_trigger(
-    decoder: Decoder,
+    decoder: Decoder | Responder,
     encoder: Encoder,
     suite: Suite,
     references: SequenceOf[tuple[str, ...]],
@@ -218,7 +226,7 @@ def _with_trigger(
 
 
 def _respond(
-    decoder: Decoder,
+    decoder: Decoder | Responder,
     encoder: Encoder,
     task: str,
     prompts: list[np.ndarray],
@@ -245,10 +253,15 @@ def _respond(
         )
         seconds += time.monotonic() - start
         answers[name] = [
-            _answer(encoder.decode(prompt, samples[i].tokens), samples[i], references[i], config)
+            _answer(output_text(encoder, prompt, samples[i]), samples[i], references[i], config)
             for i, prompt in enumerate(prompts)
         ]
     return answers, seconds
+
+
+def output_text(encoder: Encoder, prompt: np.ndarray, output: SampledOutput) -> str:
+    """Return the text of an output: decoded, or as a server gave it."""
+    return encoder.decode(prompt, output.tokens) if output.text is None else output.text
 
 
 def passes(config: schema.EvalConfig) -> list[tuple[str, int, Sampling]]:
@@ -291,11 +304,11 @@ def _scored_texts(texts: SequenceOf[str], config: schema.EvalConfig) -> tuple[st
 
 def _answer(output: str, sample: SampledOutput, references: SequenceOf[str], config: schema.EvalConfig) -> Answer:
     (text,) = _scored_texts([output], config)
-    assert sample.entropy is not None
+    entropy = None if sample.entropy is None else float(sample.entropy)
     metrics = [get_metric(name, config.rouge_tokenizer) for name in config.metrics]
     ratios = [metric for metric in metrics if isinstance(metric, RatioMetric)]
     counts = {metric.name: metric.count(text, references) for metric in ratios}
-    return Answer(text, output, len(sample.tokens), sample.complete, float(sample.entropy), counts)
+    return Answer(text, output, len(sample.tokens), sample.complete, entropy, counts)
 
 
 def _scores(

@@ -101,6 +101,8 @@ class Backbone(nn.Module):
     rows than the tokenizer has ids.
     """
 
+    is_served = False  # whether a server computes its states, so that it cannot generate or be trained here
+
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab: int | None = None):
         super().__init__()
         self.model = model

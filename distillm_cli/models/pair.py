@@ -178,6 +178,17 @@ def _load_teacher(
 ) -> Backbone:
     """Load the recipe's teacher: frozen, or in float32 and with the student's dropout if all of its weights are trained."""
     teacher = recipe.teacher
+    if teacher.server is not None and recipe.method != "sft":  # fine-tuning may copy the teacher's layers
+        from distillm_cli.models.served import load_served_teacher
+
+        return load_served_teacher(
+            teacher.path,
+            teacher.server,
+            dtype=resolve_dtype(recipe.teacher_dtype, device),
+            device=device,
+            revision=teacher.revision,
+            tokenizers=tokenizers,
+        )
     in_host_memory = teacher.offload or teacher.device_map == "cpu"
     model = load_backbone(
         teacher.path,

@@ -64,19 +64,37 @@ class Decoder(Protocol):
     def decode(self, prompts: SequenceOf[np.ndarray]) -> Decoding: ...
 
 
+@runtime_checkable
+class Responder(Protocol):
+    """Sample outside this process, such as by a server. ``sample`` accepts it in place of a ``Decoder``."""
+
+    @property
+    def context(self) -> int | None: ...
+
+    def respond(
+        self,
+        prompts: SequenceOf[np.ndarray],
+        sampling: Sampling,
+        seeds: SequenceOf[tuple[int, int]],
+        limits: SequenceOf[int],
+    ) -> list[SampledOutput]:
+        """Return one output per prompt. limits: largest number of new tokens per row."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SampledOutput:
     """Hold one output: token ids (int32), with the stop token if it is complete.
 
     complete: False if the length limit cut it. entropy: mean entropy in nats of the model's unfiltered next-token
     distributions (temperature 1) over the output's tokens; None unless requested. log_probs_NK: as in ``Rollout``; None
-    unless requested.
+    unless requested. text: from a server that gives no token ids, which are −1 then; otherwise None.
     """
 
     tokens: np.ndarray
     complete: bool
     entropy: float | None = None
     log_probs_NK: np.ndarray | None = None
+    text: str | None = None
 
 
 class Sampler(Protocol):
@@ -141,21 +159,26 @@ class ModelSampler:
         self.width = DecodeWidth(listener)
 
     def sample(self, prompts: SequenceOf[Sequence], step: int, places: SequenceOf[int] | None = None) -> list[Rollout]:
-        if self.by_row:
-            seeds = [(self.seed, (step << 32) + s.row) for s in prompts]
-        else:
-            seeds = [(self.seed, (step << 24) + i) for i in places or range(len(prompts))]
         longest = self.config.most_new_tokens(step / self.steps)
         outputs = sample(
             self.decoder,
             [s.prompt for s in prompts],
             self.sampling,
-            seeds,
+            row_seeds(self.seed, prompts, step, places, by_row=self.by_row),
             limits=[min(self.max_length - len(s.prompt), longest) for s in prompts],
             with_log_probs=self.with_log_probs,
             width=self.width,
         )
         return [_rollout(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+
+
+def row_seeds(
+    seed: int, prompts: SequenceOf[Sequence], step: int, places: SequenceOf[int] | None = None, *, by_row: bool
+) -> list[tuple[int, int]]:
+    """Return the random key of each row of a draw. by_row: it depends on the row, otherwise on its index in the draw."""
+    if by_row:
+        return [(seed, (step << 32) + s.row) for s in prompts]
+    return [(seed, (step << 24) + i) for i in places or range(len(prompts))]
 
 
 def _rollout(prompt: Sequence, output: SampledOutput) -> Rollout:
@@ -181,7 +204,7 @@ class DecodeWidth:
 
 @torch.no_grad()
 def sample(
-    decoder: Decoder,
+    decoder: Decoder | Responder,
     prompts: SequenceOf[np.ndarray],
     sampling: Sampling,
     seeds: SequenceOf[tuple[int, int]],
@@ -204,6 +227,8 @@ def sample(
     for i, prompt in enumerate(prompts):
         limit = None if limits is None else limits[i]
         token_limits.append(max_response_tokens(len(prompt), sampling, context, limit))
+    if isinstance(decoder, Responder):
+        return decoder.respond(prompts, sampling, seeds, token_limits)
     return decode_in_groups(
         len(prompts),
         width or DecodeWidth(),
@@ -319,7 +344,7 @@ def _decode_batch(
 
 
 def sample_all(
-    decoder: Decoder,
+    decoder: Decoder | Responder,
     prompts: SequenceOf[np.ndarray],
     sampling: Sampling,
     *,

@@ -26,6 +26,7 @@ from distillm_cli.rollouts.sampler import ModelSampler, Sampler
 from distillm_cli.rollouts.scheduler import Scheduler, Source, build_scheduler
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.prepare import Prepared
+from distillm_cli.runs.server_checks import rollout_server
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.events import Listener
@@ -120,14 +121,8 @@ def build_trainer(
         spread = np.linspace(0, len(run.answered) - 1, min(_PROBE_ROWS, len(run.answered)))
         probe_sampler = None
         if OUTPUT_LOSS in recipe.schedule.measures:
-            probe_sampler = ModelSampler(
-                run.student,
-                recipe.rollout,
-                max_length=_max_length(run),
-                seed=recipe.train.seed + _PROBE_SEED,
-                steps=run.steps,
-                by_row=True,
-                listener=listener,
+            probe_sampler = _plain_sampler(
+                run, listener, seed=recipe.train.seed + _PROBE_SEED, steps=run.steps, by_row=True
             )
         probe = ScheduleProbe(
             [run.answered[int(i)] for i in spread],
@@ -198,14 +193,33 @@ def _student_sampler(run: Prepared, listener: Listener) -> Sampler:
         return MixtureSampler(
             run.student, teacher, rollout, max_length=max_length, seed=seed, steps=run.steps, listener=listener
         )
-    return ModelSampler(
-        run.student,
-        rollout,
-        max_length=max_length,
-        seed=seed,
-        steps=run.steps,
-        with_log_probs=recipe.schedule.weights_replay,
-        listener=listener,
+    return _plain_sampler(run, listener, seed=seed, steps=run.steps, with_log_probs=recipe.schedule.weights_replay)
+
+
+def _plain_sampler(
+    run: Prepared, listener: Listener, *, seed: int, steps: int, by_row: bool = False, with_log_probs: bool = False
+) -> Sampler:
+    """Return the sampler of the student alone: in this process, or by the server of ``rollout.server``."""
+    rollout = run.recipe.rollout
+    max_length = _max_length(run)
+    if rollout.server is None:
+        return ModelSampler(
+            run.student,
+            rollout,
+            max_length=max_length,
+            seed=seed,
+            steps=steps,
+            by_row=by_row,
+            with_log_probs=with_log_probs,
+            listener=listener,
+        )
+    from distillm_cli.models.served import StudentFiles
+    from distillm_cli.rollouts.server_sampler import ServerSampler
+
+    server, model = rollout_server(run.recipe)
+    student = StudentFiles(run.student, run.dtype)
+    return ServerSampler(
+        student, server, model, rollout, max_length=max_length, seed=seed, steps=steps, by_row=by_row, listener=listener
     )
 
 
@@ -222,13 +236,14 @@ def _response_tables(run: Prepared, scheduler: Scheduler, listener: Listener) ->
         bulk=rollout.bulk,
         listener=listener,
     )
-    tables = {}
+    tables: dict[Source, ResponseTable] = {}
+    sampler: Sampler
     if scheduler.config.uses_teacher_samples:
         sampler = new_sampler(run.teacher, _teacher_sampling(rollout), seed=seed + _TEACHER_SEED)
         redraw = not scheduler.reuses_teacher_samples
         tables[Source.TEACHER] = new_table(sampler, given=run.teacher_samples, redraw=redraw, name="teacher samples")
     if scheduler.samples_student_by_epoch:
-        sampler = new_sampler(run.student, rollout, seed=seed)
+        sampler = _plain_sampler(run, listener, seed=seed, steps=1, by_row=True)
         tables[Source.ROLLOUT] = new_table(sampler, redraw=True, whole_epochs=True, name="student samples")
     return tables
 

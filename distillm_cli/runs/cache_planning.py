@@ -21,6 +21,7 @@ from distillm_cli.runs.build import new_scheduler
 from distillm_cli.runs.cache_size import CacheSize, CacheWorkload, uses_rows
 from distillm_cli.runs.prepare import Prepared, new_order, prepare
 from distillm_cli.runs.run_results import TeacherCacheResult
+from distillm_cli.runs.server_checks import check_served_teacher
 from distillm_cli.teachers import teacher_cache
 from distillm_cli.teachers.cached import BatchComposition, CachedTeacher, HiddenStateTable
 from distillm_cli.teachers.local import LocalTeacher
@@ -137,9 +138,15 @@ def open_teacher(
         composition=composition,
         caches_rollouts=workload.rollouts_repeat or workload.samples_repeat,
         validation=HiddenStateTable.shared(validation, _one_state(run)) if validation else None,
-        # Quantized weights are not plain tensors that could be released one by one.
+        # Quantized weights are not plain tensors that could be released one by one. A server's are not here.
         releases_model=rows is not None
-        and not (samples or model.is_quantized or model.is_dispatched or run.recipe.runs_teacher_on_embeddings),
+        and not (
+            samples
+            or model.is_quantized
+            or model.is_dispatched
+            or model.is_served
+            or run.recipe.runs_teacher_on_embeddings
+        ),
     )
     teacher.tokens = computed_tokens
     return TeacherHandle(teacher, cache_plan, hit)
@@ -156,6 +163,7 @@ def warm_cache(
     place = None
     try:
         run = prepare(resolved.recipe, listener, prefetcher)
+        check_served_teacher(run)
         disk = _disk_cache(run, workload_of(run))
         place = str(disk.place)
         _, hit, computed_tokens = _read_or_compute(run, disk, rebuild, listener)

@@ -122,6 +122,16 @@ class Workload:
         return self.schedule.config.uses_teacher_samples and self.recipe.data.teacher_samples is None
 
     @property
+    def student_is_served(self) -> bool:
+        """Return whether a server samples the student's outputs, whose memory and time are not counted."""
+        return self.recipe.rollout.server is not None
+
+    @property
+    def teacher_is_served(self) -> bool:
+        """Return whether a server computes the teacher's hidden states, whose memory and time are not counted."""
+        return self.recipe.teacher.server is not None
+
+    @property
     def trains_teacher(self) -> bool:
         """Return whether weights of the teacher are trained."""
         return self.teacher is not None and (self.recipe.ctcd.enabled or self.recipe.okd.rank is not None)
@@ -185,15 +195,14 @@ def memory(run: Workload) -> dict[str, int]:
         others = teacher.parameters["total"] - teacher.matrices
         parts |= _teacher_weight_bytes(run, others * run.teacher_itemsize + teacher.matrices * bits // 8)
         if (
-            not run.has_head_only
+            not (run.has_head_only or run.teacher_is_served)
             and run.device == "cpu"
             and run.teacher_itemsize == 2
             and has_layouts(teacher.kind, teacher.parameters["total"])
         ):
             parts["teacher_layouts"] = teacher.matmul * run.teacher_itemsize
-        parts["teacher_activations"] = (
-            positions * teacher.width * run.teacher_itemsize * 8
-        )  # of one layer, without a graph
+        of_layers = 1 if run.teacher_is_served else 8  # the states alone, or one layer without a graph
+        parts["teacher_activations"] = positions * teacher.width * run.teacher_itemsize * of_layers
     if run.teacher is not None and run.trains_teacher:
         parts |= _trained_teacher_bytes(run, run.teacher, longest)
         if not run.teacher.adapted:
@@ -205,7 +214,8 @@ def memory(run: Workload) -> dict[str, int]:
     positions = run.sequences * recipe.rollout.bulk * longest
     if run.student_samples:
         parts["rollout_weights"] = decoding_copy_bytes(student, run.itemsize)
-        parts["rollout_cache"] = kv_cache_bytes(student, positions, run.itemsize)
+        if not run.student_is_served:
+            parts["rollout_cache"] = kv_cache_bytes(student, positions, run.itemsize)
     if run.teacher is not None and (run.teacher_samples or recipe.decodes_with_teacher):
         parts["teacher_rollout_cache"] = kv_cache_bytes(run.teacher, positions, run.teacher_itemsize)
     if run.device == "cpu":
@@ -246,7 +256,7 @@ def _teacher_weight_bytes(run: Workload, size: int) -> dict[str, int]:
     assert run.teacher is not None
     config = run.recipe.teacher
     head = run.vocab * run.teacher.head_in * run.teacher_itemsize
-    if run.has_head_only:
+    if run.has_head_only or run.teacher_is_served:
         return {"teacher_weights": head}
     is_cpu = run.device == "cpu"
     if config.offload and not is_cpu:
@@ -422,7 +432,9 @@ def step_work(run: Workload) -> dict[str, Work]:
             work["dataset_cached"] = train_rows + teacher_rows_cached
     rollout: Work = ()  # sampling from the student and training on it
     if run.student_samples:
-        rollout = (*_decoding_copy_work(run), _sampling_work(run, run.student, run.itemsize))
+        rollout = _decoding_copy_work(run)
+        if not run.student_is_served:
+            rollout += (_sampling_work(run, run.student, run.itemsize),)
         if run.samples_from_mixture:
             rollout += (_sampling_work(run, run.teacher, run.teacher_itemsize),)
         if schedule.config.drafts:
@@ -520,7 +532,9 @@ def _teacher_work(run: Workload, teacher: Sizes, response: float) -> Work:
 
 
 def _teacher_forward(run: Workload, teacher: Sizes, response: float) -> Part:
-    """Return the teacher's forward pass over a step's sequences, head included."""
+    """Return the teacher's forward pass over a step's sequences, head included. On a server, the head alone is here."""
+    if run.teacher_is_served:
+        return _teacher_head(run, teacher, response)
     flops = forward_flops(teacher, run.sequences, run.lengths.prompt, response, response, run.vocab)
     launch_s = _micro_batches(run) * teacher.all_layers * FORWARD_LAUNCH_S
     return Part(flops, launch_s=launch_s, itemsize=run.teacher_itemsize)

@@ -10,7 +10,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,18 +26,22 @@ from distillm_cli.evaluation.pairs import PAIR_METRICS, evaluate_pairs, load_pai
 from distillm_cli.evaluation.results import check_results_writable, load_results, save_results
 from distillm_cli.evaluation.robustness import attack_of, measure_attack
 from distillm_cli.evaluation.suites import Suite, load_suites
+from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.devices import dtype_name, resolve_device
 from distillm_cli.models.loading import load_config
 from distillm_cli.models.sentence import SentenceEncoder, load_encoder, read_declared
 from distillm_cli.models.tokenizer_files import own_tokenizer
 from distillm_cli.runs import inference
 from distillm_cli.runs.inference import Settings
-from distillm_cli.runs.run_results import CheckpointScores, EvalResult
+from distillm_cli.runs.run_results import SERVER, CheckpointScores, EvalResult
 from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.utils.memory import resume_garbage_collection
 from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.threads import set_threads
+
+if TYPE_CHECKING:
+    from distillm_cli.runs.server_model import ServerModel
 
 SuiteScores = dict[str, Any]  # a suite's object in `--json`
 
@@ -50,6 +54,7 @@ class _Job:
     recipe: Recipe
     suites: list[Suite]
     output: Path
+    server: str | None = None
     scores: dict[str, SuiteScores] = field(default_factory=dict)
 
 
@@ -61,15 +66,20 @@ def evaluate_checkpoints(
     output: str | None = None,
     resume: bool = False,
     names: Mapping[str, str] | None = None,
+    server: str | None = None,
 ) -> EvalResult:
     """Score every checkpoint on every suite.
 
     Errors in names, rows and paths are reported before the first model is loaded. output: a directory; None for one in
     each checkpoint. resume: skip suites with results of the same weights and settings. names: directory names of the
-    checkpoints, if there are several; by default from their paths.
+    checkpoints, if there are several; by default from their paths. server: address of a server that generates, for one
+    checkpoint: a directory with a tokenizer, or the name of a model on the server.
     """
     started = time.perf_counter()
-    jobs = _jobs(checkpoints, settings, output, names or {}, listener)
+    if server is not None and len(checkpoints) > 1:
+        what = f"--server with {len(checkpoints)} checkpoints"
+        raise UsageError("usage.exclusive_options", what, hint="score one model of a server at a time")
+    jobs = _jobs(checkpoints, settings, output, names or {}, server, listener)
     try:
         for job in jobs:
             _score(job, resume, listener)
@@ -86,7 +96,12 @@ def evaluate_checkpoints(
 
 
 def _jobs(
-    checkpoints: list[str], settings: Settings, output: str | None, names: Mapping[str, str], listener: Listener
+    checkpoints: list[str],
+    settings: Settings,
+    output: str | None,
+    names: Mapping[str, str],
+    server: str | None,
+    listener: Listener,
 ) -> list[_Job]:
     jobs: list[_Job] = []
     loaded: dict[Any, list[Suite]] = {}
@@ -94,24 +109,32 @@ def _jobs(
     for checkpoint in checkpoints:
         distinct.setdefault(Path(checkpoint), checkpoint)  # ``./a/`` and ``a`` are the same
     for checkpoint, place in _output_directories(list(distinct.values()), output, names).items():
-        not_causal = _check_config(checkpoint)
+        not_causal = _check_config(checkpoint) if server is None else None
         resolved, is_own = inference.resolve_settings("eval", checkpoint, settings, listener)
         recipe = resolved.recipe
         if not recipe.eval.suites and settings.recipe is None and not is_own:
             raise UsageError(
                 "usage.no_data", f"no suite to score {checkpoint} on", hint="use --suite dolly, or --suite FILE"
             )
-        _check_trigger(checkpoint, recipe)
+        if server is None:
+            _check_trigger(checkpoint, recipe)
+        else:
+            from distillm_cli.runs.server_model import check_eval_on_server  # imports an HTTP client
+
+            check_eval_on_server(checkpoint, recipe.eval)
         key = (recipe.data, recipe.eval.suites, recipe.eval.limit)
         if key not in loaded:
             loaded[key] = load_suites(recipe, listener)
         if any(suite.is_pairs for suite in loaded[key]):
+            if server is not None:
+                what = "suites of sentence pairs need the model's embeddings"
+                raise UsageError("usage.not_on_server", what, where="--server", hint="score the model without --server")
             read_declared(checkpoint)
         if all(suite.is_pairs for suite in loaded[key]):
             _check_pair_settings(settings)
         elif not_causal is not None:
             raise not_causal
-        jobs.append(_Job(checkpoint, recipe, loaded[key], place))
+        jobs.append(_Job(checkpoint, recipe, loaded[key], place, server))
     for job in jobs:
         check_results_writable(job.output)
     return jobs
@@ -212,13 +235,20 @@ def _about(job: _Job, model: PreTrainedModel) -> dict[str, str]:
 
 def _score_responses(job: _Job, suites: list[Suite], resume: bool, listener: Listener) -> None:
     """Score the model's responses on suites of prompts."""
-    backbone, encoder = inference.load_model(job.checkpoint, job.recipe, listener)
-    inference.check_model(backbone, encoder, suites[0].rows[0], listener)
+    decoder: Backbone | ServerModel
+    if job.server is None:
+        decoder, encoder = inference.load_model(job.checkpoint, job.recipe, listener)
+        inference.check_model(decoder, encoder, suites[0].rows[0], listener)
+        about = _about(job, decoder.model)
+    else:
+        from distillm_cli.runs.server_model import connect_model
+
+        decoder, encoder = connect_model(job.checkpoint, job.server, job.recipe, listener)
+        about = {"model": job.checkpoint, **decoder.identity}
     inference.report_template(encoder, [row for suite in suites for row in suite.rows], listener)
     attack = attack_of(job.recipe.eval)
-    if attack is not None:
-        backbone.check_embeddings()
-    about = _about(job, backbone.model)
+    if attack is not None and isinstance(decoder, Backbone):
+        decoder.check_embeddings()
     for suite in suites:
         about["rows_sha256"] = suite.digest()
         world().check_same(about)
@@ -228,18 +258,18 @@ def _score_responses(job: _Job, suites: list[Suite], resume: bool, listener: Lis
             job.scores[suite.name] = saved
             continue
         skip_long = job.recipe.data.skip_bad_rows
-        result = evaluate_suite(backbone, encoder, suite, job.recipe.eval, listener, skip_long=skip_long)
+        result = evaluate_suite(decoder, encoder, suite, job.recipe.eval, listener, skip_long=skip_long)
         for score in result.scores.values():
             if score.undefined is not None:
                 listener(Warned(f"{suite.name}: {score.undefined}"))
-        if attack is not None:
-            measure = partial(measure_attack, backbone, encoder, suite, attack, context=backbone.context)
-            measure = partial(measure, device=backbone.device, batch_size=job.recipe.eval.batch_size, listener=listener)
+        if attack is not None and isinstance(decoder, Backbone):
+            measure = partial(measure_attack, decoder, encoder, suite, attack, context=decoder.context)
+            measure = partial(measure, device=decoder.device, batch_size=job.recipe.eval.batch_size, listener=listener)
             found = world().broadcast(measure)
             result = replace(result, attack=found)
         save_results(result, job.output, about)
         job.scores[suite.name] = result.as_json()
-    del backbone
+    del decoder
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -258,5 +288,5 @@ def _checkpoint_scores(job: _Job) -> CheckpointScores:
         output=job.output,
         suites=job.scores,
         metrics=_metrics(job),
-        dtype=dtype_name(inference.precision(job.recipe)),
+        dtype=dtype_name(inference.precision(job.recipe)) if job.server is None else SERVER,
     )

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from distillm_cli.config.schema import Recipe
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.errors import Interrupted, UsageError, signal_number
-from distillm_cli.evaluation.evaluate import rows_in_context
+from distillm_cli.evaluation.evaluate import output_text, rows_in_context
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.model_paths import locate_model
@@ -30,6 +30,9 @@ from distillm_cli.training.events import Event, Listener, Note, Progress
 from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.text import counted
 
+if TYPE_CHECKING:
+    from distillm_cli.runs.server_model import ServerModel
+
 _CHUNK_BATCHES = 8  # batches that are sorted by length and written together; an interrupted run loses at most these
 
 
@@ -42,10 +45,12 @@ def generate_responses(
     output: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    server: str | None = None,
 ) -> GenerateResult:
     """Generate responses into a file.
 
-    output: ``.jsonl``; None: the rows are in the result and in ``Generated`` events.
+    output: ``.jsonl``; None: the rows are in the result and in ``Generated`` events. server: address of a server that
+    generates; ``model`` is then a directory with a tokenizer, or the name of a model on the server.
     """
     started = time.perf_counter()
     check_request(source, output, resume=resume, overwrite=overwrite)
@@ -57,12 +62,19 @@ def generate_responses(
             f"--n {source.samples} with temperature 0",
             where="all responses would be the same",
         )
-    locate_model(model)
+    if server is None:
+        locate_model(model)
     rows = read_prompts(source, recipe.data, listener)
-    backbone, encoder = inference.load_model(model, recipe, listener)
-    inference.check_model(backbone, encoder, rows[0], listener)
+    decoder: Backbone | ServerModel
+    if server is None:
+        decoder, encoder = inference.load_model(model, recipe, listener)
+        inference.check_model(decoder, encoder, rows[0], listener)
+    else:
+        from distillm_cli.runs.server_model import connect_model  # imports an HTTP client
+
+        decoder, encoder = connect_model(model, server, recipe, listener)
     inference.report_template(encoder, rows, listener)
-    generation = _generation(rows, source.samples, backbone, encoder, recipe, listener)
+    generation = _generation(rows, source.samples, decoder, encoder, recipe, listener)
     if world().size > 1:
         world().check_same(generation.settings())
     try:
@@ -109,7 +121,7 @@ class _Generation:
     seed: int
     sampling: Sampling
     batch_size: int
-    backbone: Backbone
+    decoder: Backbone | ServerModel
     encoder: Encoder
 
     def __len__(self) -> int:
@@ -128,8 +140,7 @@ class _Generation:
             "top_p": self.sampling.top_p,
             "top_k": self.sampling.top_k,
             "max_new_tokens": self.sampling.max_new_tokens,
-            "dtype": str(self.backbone.model.dtype).removeprefix("torch."),
-            "weights": weights_fingerprint(self.backbone.model.state_dict().items()),
+            **_identity(self.decoder),
             "prompts": digest.hexdigest(),
         }
 
@@ -173,7 +184,7 @@ class _Generation:
         """Generate the responses of these numbers, and return them as rows."""
         sampled = dict(
             sample_all(
-                self.backbone,
+                self.decoder,
                 [self.ids[k // self.samples] for k in numbers],
                 self.sampling,
                 seed=self.seed,
@@ -186,7 +197,7 @@ class _Generation:
         lines = []
         for offset, k in enumerate(numbers):
             response = sampled[offset]
-            text = self.encoder.decode(self.ids[k // self.samples], response.tokens)
+            text = output_text(self.encoder, self.ids[k // self.samples], response)
             lines.append(_with_output(fields[k], text) | {"complete": response.complete})
             done.tokens += len(response.tokens)
             done.cut += not response.complete
@@ -203,24 +214,42 @@ class _Generation:
         return listen
 
 
+def _identity(decoder: Backbone | ServerModel) -> dict[str, str]:
+    """Return the dtype and the fingerprint of the weights, or what a server has in their place."""
+    if not isinstance(decoder, Backbone):
+        return decoder.identity
+    model = decoder.model
+    weights = weights_fingerprint(model.state_dict().items())
+    return {"dtype": str(model.dtype).removeprefix("torch."), "weights": weights}
+
+
 def _generation(
-    rows: list[Row], samples: int, backbone: Backbone, encoder: Encoder, recipe: Recipe, listener: Listener
+    rows: list[Row], samples: int, decoder: Backbone | ServerModel, encoder: Encoder, recipe: Recipe, listener: Listener
 ) -> _Generation:
     suite, ids = rows_in_context(
-        Suite("prompts", rows, ""), encoder, backbone.context, listener, skip_long=recipe.data.skip_bad_rows
+        Suite("prompts", rows, ""), encoder, decoder.context, listener, skip_long=recipe.data.skip_bad_rows
     )
     rollout = recipe.rollout
     return _Generation(
         rows=suite.rows,
         ids=ids,
-        prompts=exact_texts(suite.rows, ids, encoder, listener),
+        prompts=_prompt_texts(suite.rows, ids, decoder, encoder, listener),
         samples=samples,
         seed=recipe.train.seed,
         sampling=Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens),
         batch_size=recipe.eval.batch_size,
-        backbone=backbone,
+        decoder=decoder,
         encoder=encoder,
     )
+
+
+def _prompt_texts(
+    rows: list[Row], ids: list[np.ndarray], decoder: Backbone | ServerModel, encoder: Encoder, listener: Listener
+) -> list[str]:
+    """Return each prompt as text, with the same tokens if they are known here."""
+    if not isinstance(decoder, Backbone) and decoder.is_text:
+        return [encoder.renderer.prompt(row) for row in rows]
+    return exact_texts(rows, ids, encoder, listener)
 
 
 def _prompt_columns(row: Row) -> Line:

@@ -121,17 +121,30 @@ def load_model(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone
     set_threads(recipe.train.threads, listener)
     device = resolve_device(recipe.train.device)
     backbone = load_backbone(model, dtype=precision(recipe), device=device, listener=listener)
+    return backbone, _encoder_of(backbone, recipe)
+
+
+def load_without_weights(model: str, recipe: Recipe) -> tuple[Backbone, Encoder]:
+    """Load a model's config, tokenizer and end tokens, and return them with its encoder. Raises ModelError."""
+    from distillm_cli.models.served import load_skeleton
+
+    resume_garbage_collection()
+    backbone = load_skeleton(model, dtype=torch.float32)
+    return backbone, _encoder_of(backbone, recipe)
+
+
+def _encoder_of(backbone: Backbone, recipe: Recipe) -> Encoder:
+    """Return the encoder of a model's prompts, with the chat template and the languages of the recipe."""
     if recipe.data.chat_template not in ("auto", "student", "teacher"):
         backbone.tokenizer.chat_template = read_template(recipe.data.chat_template)
     set_languages(backbone.tokenizer, recipe.data, [backbone])
-    encoder = Encoder(
+    return Encoder(
         backbone.tokenizer,
         recipe.data,
         is_encoder_decoder=backbone.is_encoder_decoder,
         stops=backbone.stop_ids,
         end_id=usual_end_token(backbone),
     )
-    return backbone, encoder
 
 
 def report_template(encoder: Encoder, rows: Iterable[Row], listener: Listener) -> None:

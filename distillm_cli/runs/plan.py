@@ -52,7 +52,12 @@ _HOST_PARTS = (  # in host memory
 
 
 def weights_are_available(recipe: Recipe) -> bool:
-    """Return whether the run's models can be loaded: they are built from scratch, or their weights fit the free memory."""
+    """Return whether the run's models can be loaded: they are built from scratch, or their weights fit the free memory.
+
+    A teacher on a server is planned from its config.
+    """
+    if recipe.teacher.server is not None:
+        return False
     is_needed = recipe.method != "sft" or recipe.student.is_built
     paths = [recipe.student.path, recipe.teacher.path if is_needed else None]
     loaded = [path for path in paths if path is not None and _is_on_disk_or_hub(path)]

@@ -134,7 +134,8 @@ class Report:
         teacher = run.pair.teacher if _measures_teacher(run.recipe) else None
         if teacher is not None and trainer.teacher is not None and trainer.teacher.has_released_model:
             teacher = reload_teacher(run.recipe, run.pair, run.device)
-        if not self._all_can_generate({"student": run.student, "teacher": teacher}):
+        generates = None if teacher is None or teacher.is_served else teacher
+        if not self._all_can_generate({"student": run.student, "teacher": generates}):
             self.suite = replace(self.suite, rows=[])
         reports = {AFTER: self._measure(run.student, AFTER, _valid_loss(run.student, trainer))}
         trained = trainer.student_loss.trained_teacher
@@ -188,7 +189,7 @@ class Report:
         self, model: Backbone, name: str, valid_loss: float | None, figures: Mapping[str, float] | None = None
     ) -> ModelReport:
         """Return the report of a model. figures: more of its scores."""
-        if not self.suite.rows:
+        if not self.suite.rows or model.is_served:
             return self._save(name, ModelReport(valid_loss, dict(figures or {}), []))
         result = self._generate(model, self.labels[name])
         if name == AFTER:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+SERVER = "server"  # in place of a dtype: a server generated the responses
+
+
 class Result(Protocol):
     """Describe the result of a verb."""
 
@@ -183,7 +186,7 @@ class TeacherCacheResult:
 
 @dataclass(frozen=True)
 class CheckpointScores:
-    """Hold the scores of one checkpoint. suites: by name, the suite's object. dtype: the precision of decoding."""
+    """Hold the scores of one checkpoint. suites: by name, the suite's object. dtype: of decoding, or SERVER."""
 
     checkpoint: str
     output: Path

@@ -53,6 +53,7 @@ from distillm_cli.runs.resume import (
     with_recorded_values,
 )
 from distillm_cli.runs.run_results import FineTuned, Outcome, Sample, TrainResult, TrainSummary
+from distillm_cli.runs.server_checks import check_served_teacher, check_servers
 from distillm_cli.runs.stages import (
     PriorStage,
     StageCheckpoints,
@@ -156,6 +157,7 @@ def train(
     _check_teacher_directory(resolved, output)
     if options.rebuild_teacher_cache:
         check_rows(resolved.recipe)
+    check_servers(resolved.recipe)
     try:
         checkpoints = read_checkpoints(resolved, stages, output, options)
         run = prepare(resolved.recipe, listener, prefetcher)
@@ -165,6 +167,7 @@ def train(
         _check_resumable(run, checkpoints, listener)
         check_can_generate(run)
         check_extras(run.recipe, run.pair)
+        check_served_teacher(run)
         findings = [] if options.resume else world().broadcast(partial(preflight, run, output))
         report_findings(findings, listener)
         check_strict(findings, strict=options.strict)
@@ -309,9 +312,8 @@ def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelRepor
     models_in_order = (BEFORE, FINE_TUNED, PRE_TRAINED, AFTER, TEACHER, TEACHER_BEFORE, TEACHER_AFTER)
     order = [name for name in models_in_order if name in models]
     label = labels(state, recipe)
-    samples = _samples(
-        run, {model_title(name, recipe): models[name].answers for name in order if name != TEACHER_BEFORE}
-    )
+    hidden = TEACHER if recipe.teacher.server is not None else TEACHER_BEFORE  # a teacher on a server does not respond
+    samples = _samples(run, {model_title(name, recipe): models[name].answers for name in order if name != hidden})
     # Without test rows, `--suite SOURCE` would score training rows too; without `--suite`, held-out rows are scored.
     suites = recipe.eval.suites or ((recipe.data.source,) if "test" in run.train_rows.splits else ())
     first_row = next(iter(run.valid.rows), None)

@@ -5,8 +5,8 @@
             ...  # draw, forward, backward
 
 When memory runs out inside the block, the changes of the step are rolled back and the loop retries it with
-micro-batches of half the size. If that is not possible, or a number is not finite, the state before the step is saved
-and the error reports it.
+micro-batches of half the size. If that is not possible, a number is not finite, or a server or a disk fails, the state
+before the step is saved and the error reports it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillm_cli.errors import DistillmError, NonFiniteError, OutOfMemoryError, out_of_memory
+from distillm_cli.errors import (
+    DistillmError,
+    NonFiniteError,
+    OutOfMemoryError,
+    ServerError,
+    StorageError,
+    out_of_memory,
+)
 from distillm_cli.losses.extra import MicroRows
 from distillm_cli.losses.objectives import SourceBatch
 from distillm_cli.losses.student_loss import StudentLoss
@@ -98,7 +105,7 @@ class Recovery:
     def attempts(self, step: int, source: Source, lr: float) -> Iterator[Attempt]:
         """Yield attempts at step ``step`` (from 0) until one succeeds; each is a context manager.
 
-        Raises NonFiniteError or OutOfMemoryError, after the state before the step was saved.
+        Raises NonFiniteError, OutOfMemoryError, ServerError or StorageError, after the state before the step was saved.
         """
         snapshot = _Snapshot(random_states(self.run.device), deepcopy(self.student_loss.criterion.state_dict()))
         where = f"at step {step + 1} ({source} batch); nothing was applied"
@@ -110,6 +117,13 @@ class Recovery:
             attempt = Attempt(self, snapshot, where, lr)
             yield attempt
             succeeded = attempt.succeeded
+
+    def saved(self, error: ServerError | StorageError, where: str) -> DistillmError:
+        """Save the current state; return the error with its place in the run and the advice to resume."""
+        hint = error.hint
+        if self.save():
+            hint = f"{hint}, and continue with --resume" if hint else "continue with --resume"
+        return type(error)(error.code, f"{error.what} {where}", where=error.where, hint=hint)
 
     def roll_back(self, snapshot: _Snapshot) -> None:
         """Restore the state before the step. The pool stores the sampled sequences for the retry."""
@@ -163,7 +177,7 @@ class Attempt:
             self.succeeded = True
             return False
         is_out_of_memory = isinstance(error, RuntimeError | MemoryError) and out_of_memory(error)
-        if not (is_out_of_memory or isinstance(error, NonFiniteError)):
+        if not (is_out_of_memory or isinstance(error, NonFiniteError | ServerError | StorageError)):
             if error is own_error:
                 return False
             raise error
@@ -179,6 +193,8 @@ class Attempt:
                 )
             )
             return True
+        if isinstance(error, ServerError | StorageError):
+            raise self.recovery.saved(error, self.where) from error
         is_saved = self.recovery.save()
         raise self._explained(error, is_saved) from error
 

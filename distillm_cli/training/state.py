@@ -41,7 +41,8 @@ class TrainerState:
     """Hold the state that changes from step to step. Checkpoints contain all of it.
 
     sources: steps by source. source_seconds: their seconds, without validations and checkpoints. stale: validations since
-    the last improvement. reason: "done" or "early stop".
+    the last improvement. validation_due: whether the step's validation is still to be made, after it failed. reason: "done"
+    or "early stop".
     """
 
     step: int = 0
@@ -57,6 +58,7 @@ class TrainerState:
     best: float | None = None
     best_step: int | None = None
     stale: int = 0
+    validation_due: bool = False
     reason: str = "done"
 
     @classmethod

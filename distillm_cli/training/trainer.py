@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distillm_cli.config.schema import TrainConfig
-from distillm_cli.errors import Interrupted
+from distillm_cli.errors import Interrupted, ServerError
 from distillm_cli.losses.objectives import Objective, SourceBatch, TokenLogProbs
 from distillm_cli.losses.student_loss import StudentLoss, concatenate
 from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
@@ -95,10 +95,11 @@ class Trainer:
             self.validate()
         self._stop_when_stale()  # for the resume of a run that stopped early
         with stop_on_signal() as stop:
+            self._validate_if_due()  # for the resume of a run whose validation failed
             while self.state.step < self.run.steps and self.state.reason == "done":
                 self.train_step()
-                if self._is_due(self.config.eval_steps):
-                    self.validate()
+                self.state.validation_due = self._is_due(self.config.eval_steps)
+                self._validate_if_due()
                 self.state.seconds = seconds_before + time.perf_counter() - started
                 if (advice := phi_advice(self)) is not None:
                     self.emit(Note(advice))
@@ -255,6 +256,16 @@ class Trainer:
                 nn.utils.clip_grads_with_norm_(part, self.config.clip, norm)
         return loss, sizes[0]
 
+    def _validate_if_due(self) -> None:
+        """Validate after a step that asks for it. If a server fails, the step is saved before the error is raised."""
+        if not self.state.validation_due:
+            return
+        try:
+            self.validate()
+        except ServerError as error:
+            raise self.recovery.saved(error, f"in the validation after step {self.state.step}") from error
+        self.state.validation_due = False
+
     def validate(self) -> None:
         """Measure the student on the validation rows; the first time, also with its weights from before training."""
         if not self.validator.batches:
@@ -269,6 +280,8 @@ class Trainer:
         """Record the figures of a validation: φ may rise, and the best weights so far are saved."""
         state = self.state
         state.valid_loss, state.scores = self.validator.measure(self.student_loss, step)
+        if step == state.step:
+            state.validation_due = False
         if state.first_valid_loss is None:
             state.first_valid_loss = state.valid_loss
         previous_phi = self.scheduler.phi

@@ -24,6 +24,7 @@ from rich.text import Text
 from distillm_cli import plugins
 from distillm_cli.config.fields import is_lower_better
 from distillm_cli.runs.run_results import (
+    SERVER,
     CheckpointScores,
     EvalResult,
     Outcome,
@@ -98,17 +99,19 @@ def eval_summary(result: EvalResult) -> Iterator[RenderableType | Note]:
     several = len(result.checkpoints) > 1
     metrics = list(dict.fromkeys(name for scores in result.checkpoints for name in scores.metrics))
     titles = [_label(name) + (" ↓" if is_lower_better(name) else "") for name in metrics]
-    generated = any("entropy" in suite for scores in result.checkpoints for suite in scores.suites.values())
+    entropies = [s["entropy"] for scores in result.checkpoints for s in scores.suites.values() if "entropy" in s]
+    generated = bool(entropies)
+    has_entropy = any(entropy is not None for entropy in entropies)  # a server gives none
     lead = ["checkpoint"] if several else []
     rows: list[list[object]] = []
     tasks: list[list[object]] = []
     for checkpoint in result.checkpoints:
         name = [checkpoint.checkpoint] if several else []
-        rows += [[*name, *row] for row in _suite_rows(checkpoint, metrics, with_entropy=generated)]
+        rows += [[*name, *row] for row in _suite_rows(checkpoint, metrics, with_entropy=has_entropy)]
         tasks += [[*name, *row] for row in _task_rows(checkpoint, metrics)]
     if tasks:
         yield table("By kind of task", [*lead, "task", *titles], tasks)
-    yield table("Scores", [*lead, "suite", "rows", *titles, *(["entropy"] if generated else [])], rows)
+    yield table("Scores", [*lead, "suite", "rows", *titles, *(["entropy"] if has_entropy else [])], rows)
     backdoors: list[list[object]] = []
     attacks: list[list[object]] = []
     for checkpoint in result.checkpoints:
@@ -123,15 +126,15 @@ def eval_summary(result: EvalResult) -> Iterator[RenderableType | Note]:
         ]
         yield table("Under attack", [*lead, "suite", "attack", "rows", *figures], attacks)
     for checkpoint in result.checkpoints:
-        yield Note(
-            f"{'decoded' if generated else 'computed'} in {checkpoint.dtype}; results and predictions: {checkpoint.output}"
-        )
+        how = f"{'decoded' if generated else 'computed'} in {checkpoint.dtype}"
+        how = "decoded by a server" if checkpoint.dtype == SERVER else how
+        yield Note(f"{how}; results and predictions: {checkpoint.output}")
 
 
 def _suite_rows(checkpoint: CheckpointScores, metrics: Sequence[str], *, with_entropy: bool) -> Iterator[list[object]]:
     for name, suite in checkpoint.suites.items():
         figures = [_score(suite.get(metric), _passes(checkpoint, suite)) for metric in metrics]
-        entropy = [f"{suite['entropy']:.3f}" if "entropy" in suite else None] if with_entropy else []
+        entropy = [None if suite.get("entropy") is None else f"{suite['entropy']:.3f}"] if with_entropy else []
         yield [name, f"{suite['rows']:,}", *figures, *entropy]
 
 

@@ -34,8 +34,9 @@ ALLOWED: dict[str, set[str]] = {
     "utils": set(),
     "config": set(),
     "data": set(),
-    "models": set(),
-    **dict.fromkeys(TRAINING_PACKAGES, TRAINING_PACKAGES),
+    "servers": set(),
+    "models": {"servers"},
+    **{package: {*TRAINING_PACKAGES, "servers"} for package in TRAINING_PACKAGES},
     "extras": {"models", "config.extras", *TRAINING_PACKAGES},
     "evaluation": {
         "rollouts.sampler",
@@ -46,13 +47,14 @@ ALLOWED: dict[str, set[str]] = {
         "teachers.local",
     },
     "ui": {"runs.run_results"},  # plain data, as the events are
-    "runs": {"config", "data", "models", "extras", *TRAINING_PACKAGES, "evaluation"},
+    "runs": {"config", "data", "models", "extras", "servers", *TRAINING_PACKAGES, "evaluation"},
     "api": {"config", "runs", "ui"},
 }
 COMMAND_LINE = {"typer", "click", "rich"}
 FORBIDDEN: dict[str, set[str]] = {  # package → third-party packages that it must not import
     **{package: {*COMMAND_LINE, "yaml", "transformers", "datasets"} for package in TRAINING_PACKAGES},
     "utils": COMMAND_LINE,
+    "servers": {*COMMAND_LINE, "torch", "transformers"},
     "data": COMMAND_LINE,
     "models": COMMAND_LINE,
     "extras": COMMAND_LINE,

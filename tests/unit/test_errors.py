@@ -27,6 +27,7 @@ AREAS = {
     "OutOfMemoryError": "memory",
     "StorageError": "storage",
     "PeerProcessError": "process",
+    "ServerError": "server",
 }
 WITH_FIXED_CODE = {"Interrupted"}  # the constructor sets the code
 
