@@ -169,7 +169,7 @@ def _saved_student(recipe: Recipe, dtype: torch.dtype, listener: Listener) -> Pa
             listener=listener,
         )
     files = StudentFiles(student, dtype)
-    place = cache_root(None).parent / "students" / student.fingerprint()[:16]
+    place = cache_root("students", None) / student.fingerprint()[:16]
     with storing(f"cannot write {place}", "set DISTILLM_CACHE to a directory with room"):
         place.parent.mkdir(parents=True, exist_ok=True)
         with atomic_directory(place) as staged:
