@@ -25,6 +25,7 @@ from distillm_cli.models.loading import load_config, read_generation_config
 from distillm_cli.models.model_paths import ModelLocation, adapter_chain, locate_model
 from distillm_cli.models.students import auto_class
 from distillm_cli.models.tokenizer_files import quiet
+from distillm_cli.training.distributed import in_first_process
 from distillm_cli.types import Batch
 from distillm_cli.utils.storage import atomic_write
 
@@ -120,6 +121,7 @@ class UnloadedTeacher(Backbone):
         return super()._apply(fn, recurse)
 
 
+@in_first_process
 def find_record(root: Path, path: str, dtype: torch.dtype) -> TeacherRecord | None:
     """Return the record of a teacher whose files have not changed; None without one.
 
@@ -144,6 +146,7 @@ def find_record(root: Path, path: str, dtype: torch.dtype) -> TeacherRecord | No
     return None
 
 
+@in_first_process
 def write_record(root: Path, path: str, teacher: Backbone, digest: str, state_bytes: int) -> None:
     """Record the teacher of a cache in ``root``, if its weights are in local files and its head is one of their tensors."""
     files = None if teacher.own_logits or teacher.is_quantized or teacher.is_encoder_decoder else _weight_files(path)
