@@ -15,7 +15,7 @@ from distillm_cli.cli.app import main
 from distillm_cli.config.methods import METHODS
 from distillm_cli.training.checkpoint import read_checkpoint, visible
 from tests.command_line import assert_error
-from tests.processes import ROOT, Processes, signal_arrives
+from tests.processes import PATIENCE, ROOT, Processes, signal_arrives
 
 FEW = (
     "data.size=40", "data.valid_limit=6", "eval.report_rows=0", "train.threads=1", "train.eval_steps=2",
@@ -155,7 +155,7 @@ def test_machines_without_common_memory(pair, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"],
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
         ["accelerate.commands.launch", "--cpu", "--num_processes", "1"],  # it starts no more on a CPU without MPI
     ],
     ids=["torchrun", "accelerate"],
@@ -165,7 +165,12 @@ def test_launcher(launcher, tmp_path):
     prompts = ["--prompt", "Say one.", "--prompt", "Say two.", "--set", "eval.batch_size=1"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, *run, *prompts], cwd=tmp_path, env=env, capture_output=True, text=True
+        [sys.executable, "-m", *launcher, *run, *prompts],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2
@@ -240,7 +245,7 @@ def test_signal_to_one_process_and_resume_alone(pair, saved, tmp_path, capsys, m
     code = main([str(a) for a in [*saved(), "--resume"] if a != "--quiet"])
     out, err = capsys.readouterr()
     assert code == 0, err
-    assert "the checkpoint is of a run in 2 processes, which continues in 1" in err
+    assert "the run had 2 processes and continues in 1" in err
     assert_same_metrics(tmp_path / "whole", tmp_path / "run")
     assert_same_counts({**whole, "teacher_tokens": 0}, {**json.loads(out), "teacher_tokens": 0})
 
