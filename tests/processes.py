@@ -23,7 +23,7 @@ from typing import NamedTuple
 from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = 180  # seconds for a command
+PATIENCE = 120  # seconds for a command
 
 
 class Outcome(NamedTuple):

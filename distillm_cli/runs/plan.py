@@ -35,6 +35,7 @@ from distillm_cli.runs.preflight import check_strict, preflight, probe
 from distillm_cli.runs.prepare import Prepared, new_order, prepare, texts_of
 from distillm_cli.runs.report import check_can_generate, check_selection_metric
 from distillm_cli.runs.run_results import DecodedSequence, PlanResult
+from distillm_cli.training.distributed import launched_processes
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.utils.memory import available_memory, resume_garbage_collection
 from distillm_cli.utils.text import format_bytes, redact
@@ -71,8 +72,8 @@ def _is_on_disk_or_hub(path: str) -> bool:
     return isinstance(parse_student(path), SavedModel | BuiltinModel | ConfigFile)
 
 
-def plan_run(resolved: Resolved, listener: Listener, *, strict: bool = False) -> PlanResult:
-    """Plan one run, from its models if their weights are available, else from their configs.
+def plan_run(resolved: Resolved, listener: Listener, processes: int = 1, *, strict: bool = False) -> PlanResult:
+    """Plan one run in ``processes``, from its models if their weights are available, else from their configs.
 
     strict: a warning of the checks, which need the weights, is an error.
     """
@@ -82,14 +83,14 @@ def plan_run(resolved: Resolved, listener: Listener, *, strict: bool = False) ->
         return plan_embeddings(resolved, listener)
     resume_garbage_collection()
     if not weights_are_available(resolved.recipe):
-        return PlanResult(plan_from_configs(resolved, listener)[0])
+        return PlanResult(plan_from_configs(resolved, listener, processes=processes)[0])
     check_selection_metric(resolved.recipe)
     run = prepare(resolved.recipe, listener)
     check_can_generate(run)
     check_extras(run.recipe, run.pair)
     findings = preflight(run)
     check_strict(findings, strict=strict)
-    figures = plan_prepared(run, resolved) | {
+    figures = plan_prepared(run, resolved, processes) | {
         "findings": [finding.as_json() for finding in findings],
         "answers": [asdict(answers) for answers in probe(run, listener)],
     }
@@ -118,11 +119,11 @@ def _text(run: Prepared, ids: list[int]) -> str:
     return cast(str, run.pair.tokenizer.decode(ids))  # a list only for several sequences
 
 
-def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
+def plan_prepared(run: Prepared, resolved: Resolved, processes: int = 1) -> dict[str, Any]:
     """Return the plan of a run whose models and rows are loaded."""
     if run.recipe.okd.rank is not None:
         build_extras(run.recipe, run.pair, {})  # as in the run: an adapter in the teacher
-    workload, cache_plan = _prepared_workload(run)
+    workload, cache_plan = _prepared_workload(run, processes)
     workload = _with_stages(workload, resolved)
     cache = {} if cache_plan is None else {"teacher_cache": _cache_figures(run, cache_plan)}
     teacher = run.pair.teacher
@@ -131,12 +132,12 @@ def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
 
 
 def memory_estimate(run: Prepared) -> int:
-    """Return the estimated peak memory of a run, in bytes."""
-    workload, _ = _prepared_workload(run)
+    """Return the estimated peak memory of a run, in bytes, in one of its processes."""
+    workload, _ = _prepared_workload(run, launched_processes())
     return costs.peak_memory(costs.memory(workload), workload.device)
 
 
-def _prepared_workload(run: Prepared) -> tuple[costs.Workload, CachePlan | None]:
+def _prepared_workload(run: Prepared, processes: int) -> tuple[costs.Workload, CachePlan | None]:
     """Return the work of a run without the stages before it, and the plan of its teacher cache."""
     teacher = None if run.pair.teacher is None else run.pair.teacher.model
     cache_plan = None if teacher is None else plan_cache(run, workload_of(run))
@@ -153,6 +154,7 @@ def _prepared_workload(run: Prepared) -> tuple[costs.Workload, CachePlan | None]
         caches_rows=cache_plan is not None and bool(cache_plan.size.rows),
         caches_samples=cache_plan is not None and cache_plan.mode != "off",
         has_head_only=isinstance(run.pair.teacher, UnloadedTeacher) and not run.pair.teacher.is_whole,
+        processes=processes,
     )
     return workload, cache_plan
 
@@ -168,7 +170,11 @@ def _data_figures(run: Prepared) -> dict[str, Any]:
 
 
 def plan_from_configs(
-    resolved: Resolved, listener: Listener = silent, stage_shapes: Mapping[str, Shape] | None = None
+    resolved: Resolved,
+    listener: Listener = silent,
+    stage_shapes: Mapping[str, Shape] | None = None,
+    *,
+    processes: int = 1,
 ) -> tuple[dict[str, Any], Shape]:
     """Return the plan of a run from its models' configs, and the student's shape.
 
@@ -239,6 +245,7 @@ def plan_from_configs(
         cached_bytes=cached_bytes,
         caches_rows=cache is not None and bool(cache["bytes"]),
         caches_samples=recipe.teacher.cache != "off" and recipe.uncached_because is None,
+        processes=processes,
     )
     workload = _with_stages(workload, resolved)
     data: dict[str, Any] = {"source": redact(recipe.data.source), "rows": None if rows is None else len(rows)}
@@ -333,13 +340,30 @@ def _run_figures(
         "vocabulary": run.vocab,
         "steps": lengths.steps,
         "steps_per_epoch": lengths.steps_per_epoch,
-        "sequences_per_step": run.sequences * (2 if run.recipe.objective.row_weight or run.schedule.in_pairs else 1),
+        "sequences_per_step": run.step_sequences
+        * (2 if run.recipe.objective.row_weight or run.schedule.in_pairs else 1),
         "memory": memory | {"total": costs.peak_memory(memory, run.device)},
         "step_flops": _step_flops(run),
         **stages,
         **masks,
+        **_process_figures(run),
         "gpus": costs.gpu_figures(gpu_run, costs.peak_memory(gpu_parts, gpu_run.device)),
         "assumed": gpus.ASSUMED,
+    }
+
+
+def _process_figures(run: costs.Workload) -> dict[str, Any]:
+    """Return the figures of a run in several processes; the other figures are those of one of them."""
+    if run.processes == 1:
+        return {}
+    sent = costs.network_bytes(run)
+    return {
+        "processes": {
+            "number": run.processes,
+            "sequences_each": run.sequences,
+            "network_bytes": sent,
+            "network_s": {link: float(f"{sent / rate:.2g}") for link, rate in gpus.LINKS.items()},
+        }
     }
 
 

@@ -15,7 +15,7 @@ from distillm_cli.cli.app import main
 from distillm_cli.config.methods import METHODS
 from distillm_cli.training.checkpoint import read_checkpoint, visible
 from tests.command_line import assert_error
-from tests.processes import ROOT, Processes, signal_arrives
+from tests.processes import PATIENCE, ROOT, Processes, signal_arrives
 
 FEW = (
     "data.size=40", "data.valid_limit=6", "eval.report_rows=0", "train.threads=1", "train.eval_steps=2",
@@ -155,7 +155,7 @@ def test_machines_without_common_memory(pair, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "launcher",
     [
-        ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"],
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
         ["accelerate.commands.launch", "--cpu", "--num_processes", "1"],  # it starts no more on a CPU without MPI
     ],
     ids=["torchrun", "accelerate"],
@@ -165,7 +165,12 @@ def test_launcher(launcher, tmp_path):
     prompts = ["--prompt", "Say one.", "--prompt", "Say two.", "--set", "eval.batch_size=1"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, *run, *prompts], cwd=tmp_path, env=env, capture_output=True, text=True
+        [sys.executable, "-m", *launcher, *run, *prompts],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2
@@ -240,7 +245,7 @@ def test_signal_to_one_process_and_resume_alone(pair, saved, tmp_path, capsys, m
     code = main([str(a) for a in [*saved(), "--resume"] if a != "--quiet"])
     out, err = capsys.readouterr()
     assert code == 0, err
-    assert "the checkpoint is of a run in 2 processes, which continues in 1" in err
+    assert "the run had 2 processes and continues in 1" in err
     assert_same_metrics(tmp_path / "whole", tmp_path / "run")
     assert_same_counts({**whole, "teacher_tokens": 0}, {**json.loads(out), "teacher_tokens": 0})
 
@@ -264,14 +269,6 @@ def test_resume_in_two_processes_gives_the_same_bits(pair, saved, tmp_path):
     run_together(pair, [*saved(*dropout), "--resume"], tmp_path)
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-def test_process_that_is_killed(saved, tmp_path, capsys, monkeypatch):
-    with Processes(2) as pair:
-        first, _ = pair.run(saved(), directory=tmp_path, faults={1: ["signal_arrives", 3, signal.SIGKILL]})
-    assert_error((first.code, json.loads(first.out), first.err), "process.lost", "continue with --resume")
-    assert steps_saved(tmp_path)
-    run_alone([*saved(), "--resume"], tmp_path, capsys, monkeypatch)
 
 
 # --- selection, generate, eval, run
@@ -374,3 +371,11 @@ def test_pairs_without_scores_need_one_process(pair, tmp_path):
     argv = ["distill", "--method", "disco", "--teacher", "builtin", "--student", "layers:1", "--data", "pairs.jsonl",
             "--output", "run", "--set", "disco.pairs_epochs=1", "--json"]  # fmt: skip
     assert_stopped(pair.run(argv, directory=tmp_path), "usage.one_process", "disco.pairs_epochs")
+
+
+def test_process_that_is_killed(pair, saved, tmp_path, capsys, monkeypatch):
+    """Check that the other one ends with a message. It is the last test of the file, since it ends both processes."""
+    first, _ = pair.run(saved(), directory=tmp_path, faults={1: ["signal_arrives", 3, signal.SIGKILL]})
+    assert_error((first.code, json.loads(first.out), first.err), "process.lost", "continue with --resume")
+    assert steps_saved(tmp_path)
+    run_alone([*saved(), "--resume"], tmp_path, capsys, monkeypatch)
