@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distillm_cli.servers.vllm import TESTED
+
 _BYTES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -58,6 +60,7 @@ class ProtocolServer:
         self.keys: list[str | None] = []
         self.name = directory
         self.context = context
+        self.version = TESTED[-1]
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
         self._lock = threading.Lock()
         self._http: ThreadingHTTPServer | None = None
@@ -108,8 +111,8 @@ class ProtocolServer:
         if path == "/v1/models":
             entry = {"id": self.name, "root": self.directory, "owned_by": self.owner, "max_model_len": self.context}
             return _json({"object": "list", "data": [entry]})
-        if path == "/health":
-            return _json({})
+        if path == "/version" and self.owner == "vllm":
+            return _json({"version": self.version})
         with self._lock, torch.no_grad():
             if path == "/reset_prefix_cache" and self.reloads:
                 return _json({"success": True})

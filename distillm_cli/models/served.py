@@ -27,9 +27,9 @@ from distillm_cli.models.model_paths import ModelLocation, adapter_chain, cached
 from distillm_cli.models.shared import save_plain
 from distillm_cli.models.students import auto_class
 from distillm_cli.models.tokenizer_files import TokenizerCache, load_error, quiet
-from distillm_cli.servers.completions import ServedModel, find_model
+from distillm_cli.servers.completions import ServedModel
 from distillm_cli.servers.http import Server
-from distillm_cli.servers.vllm import check_vllm, hidden_states, prompt_log_probs
+from distillm_cli.servers.vllm import connect, hidden_states, prompt_log_probs
 from distillm_cli.types import Batch, Sequence, collate
 from distillm_cli.utils.modules import weights_fingerprint
 
@@ -219,9 +219,7 @@ def load_served_teacher(
 
     dtype: of the head and of the states. Raises ModelError, ServerError.
     """
-    server = Server(url, name="teacher.server")
-    served = find_model(server, path)
-    check_vllm(server, served)
+    server, served = connect(url, "teacher.server", path)
     skeleton = load_skeleton(path, dtype=dtype, revision=revision, tokenizers=tokenizers)
     weights = _WeightFiles(path, revision)
     head = skeleton.model.get_output_embeddings()

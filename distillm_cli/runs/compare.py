@@ -89,7 +89,7 @@ def gap(
     if metric is None:
         return None
     first, *others = baselines
-    start, end = baselines[first][metric], teacher[metric]
+    start, end = baselines[first][metric], teacher.get(metric)  # a teacher on a server has no responses to score
     if start is None or end is None or start == end or (end > start) == is_lower_better(metric):
         return None
     models = {name: baselines[name][metric] for name in others} | {"this run": after[metric]}

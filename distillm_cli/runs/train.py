@@ -157,7 +157,7 @@ def train(
     _check_teacher_directory(resolved, output)
     if options.rebuild_teacher_cache:
         check_rows(resolved.recipe)
-    check_servers(resolved.recipe)
+    check_servers(resolved.recipe, listener)
     try:
         checkpoints = read_checkpoints(resolved, stages, output, options)
         run = prepare(resolved.recipe, listener, prefetcher)

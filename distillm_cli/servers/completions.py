@@ -12,7 +12,7 @@ from typing import Any
 from distillm_cli.errors import ServerError
 from distillm_cli.servers.http import Server
 
-VLLM = "vllm"
+_VLLM = "vllm"
 _LISTED = 5  # models named in a message
 
 
@@ -26,7 +26,7 @@ class ServedModel:
 
     @property
     def is_vllm(self) -> bool:
-        return self.owner == VLLM
+        return self.owner == _VLLM
 
 
 @dataclass(frozen=True)

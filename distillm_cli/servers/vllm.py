@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from distillm_cli.errors import ServerError
-from distillm_cli.servers.completions import ServedModel
+from distillm_cli.servers.completions import ServedModel, find_model
 from distillm_cli.servers.http import Server
 
 TESTED = ("0.32.0",)  # releases that were tried, see docs/scale.md
@@ -23,6 +23,14 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
 }  # bf16 as raw bits
+
+
+def connect(url: str, name: str, model: str) -> tuple[Server, ServedModel]:
+    """Return a vLLM server and its model. name: the field with the address. model: name or path, if it serves several."""
+    server = Server(url, name=name)
+    found = find_model(server, model)
+    check_vllm(server, found)
+    return server, found
 
 
 def check_vllm(server: Server, model: ServedModel) -> None:
@@ -35,6 +43,18 @@ def check_vllm(server: Server, model: ServedModel) -> None:
             where=server.name,
             hint="start vLLM; `distillm serve` prints the command",
         )
+
+
+def untried_version(server: Server) -> str | None:
+    """Return the server's release of vLLM if this package was not tried with it."""
+    try:
+        answer = server.get("version")
+    except ServerError as error:
+        if error.code != "server.no_endpoint":
+            raise
+        return None
+    version = str(answer.get("version", "")) if isinstance(answer, dict) else ""
+    return None if version.partition("+")[0] in TESTED else version or None
 
 
 def check_reloads(server: Server) -> None:

@@ -335,24 +335,36 @@ def test_states_no_better_than_chance_are_refused(cli, models, tmp_path):
     assert_error(outcome, "server.other_model", "no better than chance")
 
 
-def test_states_of_a_teacher_that_knows_the_rows_are_accepted(cli, tmp_path):
+def test_teacher_that_knows_the_rows_is_accepted_and_compared(cli):
+    """Check a stock pooling server, and the baselines of a run whose teacher has no scores."""
     from distillm_cli.models.model_paths import locate_model
 
-    options = ["distill", "--recipe", "quickstart", "--steps", "2", "--set", "student.sft_epochs=0", "--json"]
+    options = [
+        "distill",
+        "--recipe",
+        "quickstart",
+        "--steps",
+        "2",
+        "--set",
+        "student.sft_epochs=0",
+        "--batch-size",
+        "8",
+    ]
     options += [
         "--set",
         "data.limit=24",
         "--set",
-        "eval.report_rows=0",
+        "eval.report_rows=4",
         "--set",
         "data.valid_limit=8",
-        "--batch-size",
-        "8",
+        "--compare",
+        "--json",
     ]
     with serving(locate_model("builtin:pronounce")[0], pools=True, generates=False) as server:
         code, result, err = cli(*options, "--output", "out", "--teacher-server", server.url)
     assert code == 0, err
     assert result["report"]["teacher"]["valid_loss"] < 2
+    assert "error_rate" not in result["report"]["teacher"]
 
 
 def test_missing_states_stop_the_run_before_the_first_step(cli, models):

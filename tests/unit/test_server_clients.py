@@ -12,7 +12,14 @@ import torch
 from distillm_cli.config.fields import checked_url
 from distillm_cli.servers.completions import Request, chat, complete, find_model, seed_of
 from distillm_cli.servers.http import KEY, TIMEOUT, Server, in_parallel
-from distillm_cli.servers.vllm import check_reloads, check_vllm, hidden_states, prompt_log_probs, reload_weights
+from distillm_cli.servers.vllm import (
+    check_reloads,
+    check_vllm,
+    hidden_states,
+    prompt_log_probs,
+    reload_weights,
+    untried_version,
+)
 from tests import tiny
 from tests.codes import raises_code
 from tests.protocol_server import serving
@@ -173,6 +180,15 @@ def test_model_that_is_not_vllm_is_refused(directory):
         server, _ = client(served)
         with raises_code("server.not_vllm", "other"):
             check_vllm(server, find_model(server, served.name))
+
+
+def test_release_that_was_not_tried_is_reported(served):
+    server, _ = client(served)
+    assert untried_version(server) is None
+    served.version = f"{served.version}+cpu"
+    assert untried_version(server) is None
+    served.version = "9.9.9"
+    assert untried_version(server) == "9.9.9"
 
 
 def test_api_without_a_list_of_models_is_trusted(served):
