@@ -190,8 +190,8 @@ class StudentConfig(Section):
     )
     quantize: Literal["none", "8bit", "4bit"] = Field(
         "none",
-        description="Quantization of the frozen linear layers below an adapter by bitsandbytes. 4bit: QLoRA (Dettmers et al. "
-        "2023, arXiv 2305.14314). Needs student.lora.r, student.lora_output adapter and CUDA.",
+        description="Quantization of the frozen linear layers below an adapter, by bitsandbytes. 4bit: QLoRA (Dettmers et "
+        "al. 2023, arXiv 2305.14314). Needs student.lora.r, student.lora_output adapter and CUDA.",
     )
     lora: AdapterConfig = AdapterConfig()
     lora_output: Literal["merged", "adapter"] = Field(
