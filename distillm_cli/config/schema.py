@@ -208,6 +208,11 @@ class StudentConfig(Section):
     revision: Annotated[Name | None, UsedWhen({"student.path": _ON_HUB}, of_method=False)] = Field(
         None, description="Branch, tag or commit on the hub."
     )
+    quantize: Literal["none", "8bit", "4bit"] = Field(
+        "none",
+        description="Quantization of the frozen linear layers below an adapter, by bitsandbytes. 4bit: QLoRA (Dettmers et "
+        "al. 2023, arXiv 2305.14314). Needs student.lora.r, student.lora_output adapter and CUDA.",
+    )
     lora: AdapterConfig = AdapterConfig()
     lora_output: Literal["merged", "adapter"] = Field(
         "merged",
@@ -256,6 +261,19 @@ class StudentConfig(Section):
                 f"student.lora.r: the layers of {self.path} are shared, and an adapter has one part for each layer; try "
                 "layers:N, or train all weights"
             )
+        if self.quantize != "none":
+            if self.lora.r is None:
+                raise ValueError(f"student.quantize {self.quantize}: quantized weights are not trained; try --lora 16")
+            if self.is_built:
+                raise ValueError(
+                    f"student.quantize {self.quantize}: {self.path} is built in this run, and only trained weights are "
+                    "quantized; try --set student.quantize=none"
+                )
+            if self.lora_output == "merged":
+                raise ValueError(
+                    f"student.quantize {self.quantize}: an adapter is not merged into quantized weights; try "
+                    "--set student.lora_output=adapter"
+                )
         if self.sft_lr is not None and not self.sft_epochs:
             raise ValueError("student.sft_lr needs student.sft_epochs; try --set student.sft_epochs=3")
         if self.ptp_lr is not None and not self.ptp:

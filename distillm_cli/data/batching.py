@@ -357,9 +357,13 @@ class Order:
         permutation = np.argsort(bits.random_raw(len(self._lengths)), kind="stable")[: steps * self._batch]
         # A short epoch is cut into several buckets too: with one bucket, every epoch would have the same batches.
         size = max(1, min(self._bucket, steps // 4)) * self._batch
-        buckets = (permutation[start : start + size] for start in range(0, len(permutation), size))
-        by_length = [bucket[np.argsort(self._lengths[bucket], kind="stable")] for bucket in buckets]
-        batches = np.concatenate(by_length).reshape(steps, self._batch)
+        whole = len(permutation) // size * size  # the last bucket may be smaller
+        buckets = (permutation[:whole].reshape(-1, size), permutation[whole:].reshape(1, -1))
+        by_length = [
+            np.take_along_axis(bucket, np.argsort(self._lengths[bucket], axis=1, kind="stable"), axis=1)
+            for bucket in buckets
+        ]
+        batches = np.concatenate([bucket.ravel() for bucket in by_length]).reshape(steps, self._batch)
         return batches[np.argsort(bits.random_raw(steps), kind="stable")]
 
 

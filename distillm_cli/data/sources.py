@@ -153,8 +153,9 @@ def load_rows(
 
 def overlap(rows: SequenceOf[Row], others: SequenceOf[Row]) -> int:
     """Return the number of distinct prompts in both, such as held-out prompts that are also trained on."""
-    groups = _groups(np.concatenate((prompt_keys(_plain(rows)), prompt_keys(_plain(others)))))
-    return len(np.intersect1d(groups[: len(rows)], groups[len(rows) :]))
+    keys_N2, others_M2 = prompt_keys(_plain(rows)), prompt_keys(_plain(others))
+    candidates_M2 = others_M2[np.isin(others_M2[:, 0], keys_N2[:, 0])]
+    return len({*map(tuple, keys_N2.tolist())} & {*map(tuple, candidates_M2.tolist())})
 
 
 def _plain(rows: SequenceOf[Row]) -> SequenceOf[Row]:

@@ -364,7 +364,8 @@ class Backbone(nn.Module):
             raise ValueError("decoding needs prompts of at least one token")
         may_be_padded = self.check_decoding()
         if self._fast_paths is None and may_be_padded and not self.is_encoder_decoder:
-            self._fast_paths = find_fast_paths(self if self.adapter is None else self.plain(self.model.dtype))
+            is_own = self.adapter is None or self.is_quantized
+            self._fast_paths = find_fast_paths(self if is_own else self.plain(self.model.dtype))
         model = self._as_decoded()
         if self.is_encoder_decoder:
             return seq2seq.Seq2SeqDecoding(model, prompts)
@@ -382,8 +383,10 @@ class Backbone(nn.Module):
 
     def _as_decoded(self) -> Backbone:
         """Return this model in the dtype for decoding, with an adapter merged in."""
+        if self.is_quantized:  # an adapter stays beside its weights
+            return self
         device = self.device.type
-        if torch.is_autocast_enabled(device) and self.model.dtype == torch.float32 and not self.is_quantized:
+        if torch.is_autocast_enabled(device) and self.model.dtype == torch.float32:
             return self.plain(torch.get_autocast_dtype(device))
         return self if self.adapter is None else self.plain(self.model.dtype)
 

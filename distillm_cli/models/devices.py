@@ -88,21 +88,21 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in _DTYPES.items() if known == dtype)
 
 
-def check_quantize(quantize: str, device: torch.device) -> None:
-    """Raise ModelError if weights cannot be quantized: without CUDA, or without bitsandbytes."""
+def check_quantize(quantize: str, device: torch.device, key: str = "teacher.quantize") -> None:
+    """Raise ModelError if weights cannot be quantized: without CUDA, or without bitsandbytes. key: of the field."""
     if quantize == "none":
         return
     if device.type != "cuda":
         why = "no CUDA device is available" if not torch.cuda.is_available() else f"train.device is {device.type}"
         raise ModelError(
             "model.cannot_quantize",
-            f"teacher.quantize {quantize} needs CUDA, but {why}",
-            hint="remove it; --set teacher.dtype=bf16 halves the memory of fp32 on any device",
+            f"{key} {quantize} needs CUDA, but {why}",
+            hint=f"remove it; --set {key.partition('.')[0]}.dtype=bf16 needs less memory than fp32 on any device",
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
             "model.cannot_quantize",
-            f"teacher.quantize {quantize} needs bitsandbytes, which is not installed",
+            f"{key} {quantize} needs bitsandbytes, which is not installed",
             hint="pip install 'distillm[quant]'",
         )
 

@@ -127,7 +127,7 @@ def load_backbone(
     with which transformers spreads the weights over devices, in place of moving them to ``device``. Raises ModelError, with
     the cause, for anything but a complete checkpoint of such a model.
     """
-    check_quantize(quantize, device)
+    check_quantize(quantize, device, "teacher.quantize" if train is None else "student.quantize")
     task = f"loading {path}"
     listener(Progress(task, 0, 1))
     config = load_config(path, revision=revision)

@@ -436,9 +436,10 @@ def _student_model(
         )
     return load_backbone(
         path,
-        dtype=torch.float32,
+        dtype=torch.float32 if student.quantize == "none" else resolve_dtype(student.dtype, device),
         device=device,
         revision=student.revision,
+        quantize=student.quantize,
         tokenizer=tokenizer,
         tokenizers=tokenizers,
         dropout=student.dropout,

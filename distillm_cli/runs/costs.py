@@ -182,25 +182,23 @@ def memory(run: Workload) -> dict[str, int]:
 
     recipe = run.recipe
     student = run.student
-    total = student.parameters["total"]
+    is_quantized = recipe.student.quantize != "none"
     trainable = student.parameters["trainable"]
     sampled = run.lengths.prompt + run.new_tokens
     is_sampled = run.student_samples or run.teacher_samples
     longest = max(run.lengths.longest, math.ceil(sampled) if is_sampled else 0)
     positions = run.micro_batch * longest
     parts = {
-        "student_weights": 4 * total,
+        "student_weights": _student_weight_bytes(run, student),
         "gradients": 4 * trainable,
         "optimizer": _optimizer_bytes(run, student),
-        "cast_weights": (student.matrices - student.repeated) * run.itemsize if run.itemsize < 4 else 0,
+        "cast_weights": 0 if is_quantized else _cast_weight_bytes(run, student),
         "activations": round(_activation_passes(run) * _activation_bytes(run, student, run.itemsize, longest)),
         "loss": work_bytes(positions, run.vocab, run.itemsize, run.device) + _head_gradient_bytes(run, student),
     }
     if run.teacher is not None:
         teacher = run.teacher
-        bits = {"none": 8 * run.teacher_itemsize, "8bit": 8, "4bit": 4}[recipe.teacher.quantize]  # of linear layers
-        others = teacher.parameters["total"] - teacher.matrices
-        parts |= _teacher_weight_bytes(run, others * run.teacher_itemsize + teacher.matrices * bits // 8)
+        parts |= _teacher_weight_bytes(run, _weight_bytes(teacher, run.teacher_itemsize, recipe.teacher.quantize))
         if (
             not (run.has_head_only or run.teacher_is_served)
             and run.device == "cpu"
@@ -220,7 +218,7 @@ def memory(run: Workload) -> dict[str, int]:
     parts |= run.cached_bytes or {}
     positions = run.sequences * recipe.rollout.bulk * longest
     if run.student_samples:
-        parts["rollout_weights"] = decoding_copy_bytes(student, run.itemsize)
+        parts["rollout_weights"] = 0 if is_quantized else decoding_copy_bytes(student, run.itemsize)
         if not run.student_is_served:
             parts["rollout_cache"] = kv_cache_bytes(student, positions, run.itemsize)
     if run.teacher is not None and (run.teacher_samples or recipe.decodes_with_teacher):
@@ -252,6 +250,24 @@ def _optimizer_bytes(run: Workload, model: Sizes) -> int:
             return 2 * (trainable + 4 * trainable // 256)
         case _:
             return 8 * trainable
+
+
+def _weight_bytes(model: Sizes, itemsize: int, quantize: str) -> int:
+    """Return the bytes of a model's weights. quantize: of the linear layers."""
+    bits = {"none": 8 * itemsize, "8bit": 8, "4bit": 4}[quantize]
+    return (model.parameters["total"] - model.matrices) * itemsize + model.matrices * bits // 8
+
+
+def _student_weight_bytes(run: Workload, student: Sizes) -> int:
+    """Return the bytes of the student's weights: float32, unless they are quantized below an adapter."""
+    quantize = run.recipe.student.quantize
+    if quantize == "none":
+        return 4 * student.parameters["total"]
+    return _weight_bytes(student, run.itemsize, quantize) + (4 - run.itemsize) * student.parameters["trainable"]
+
+
+def _cast_weight_bytes(run: Workload, student: Sizes) -> int:
+    return (student.matrices - student.repeated) * run.itemsize if run.itemsize < 4 else 0
 
 
 def _teacher_weight_bytes(run: Workload, size: int) -> dict[str, int]:

@@ -36,6 +36,38 @@ def test_quantization_without_bitsandbytes_is_rejected(monkeypatch):
         check_quantize("8bit", torch.device("cuda"))
 
 
+def test_quantized_student_needs_an_adapter(tmp_path):
+    adapter = {"lora": {"r": 4}, "lora_output": "adapter"}
+    for fields, problem in (
+        ({"path": "m", "quantize": "4bit"}, "try --lora 16"),
+        ({"path": "layers:2", "quantize": "4bit", "lora": {"r": 4}}, "layers:2 is built"),
+        ({"path": "m", "quantize": "8bit", "lora": {"r": 4}}, "student.lora_output=adapter"),
+    ):
+        with pytest.raises(ValueError, match=f"student.quantize .*{problem}"):
+            StudentConfig.model_validate(fields)
+    student = StudentConfig.model_validate({"path": tiny.save(tmp_path / "m"), "quantize": "4bit", **adapter})
+    with raises_code("model.cannot_quantize", "student.quantize 4bit", "CUDA"):
+        create_student(student, seed=0, device=CPU, max_length=32)
+
+
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_quantized_student_trains_its_adapter(bits, tmp_path, monkeypatch):
+    """Train on a CPU, where bitsandbytes is slow and which the program itself does not allow."""
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(loading, "check_quantize", lambda *args: None)
+    path = tiny.save(tmp_path / "m", hidden_size=128, intermediate_size=256, head_dim=32)
+    config = StudentConfig(path=path, quantize=bits, lora=AdapterConfig(r=4), lora_output="adapter")
+    student = create_student(config, seed=0, device=CPU, max_length=32)
+    assert student.is_quantized
+    assert all(".lora_" in name for name, weight in student.named_parameters() if weight.requires_grad)
+    batch = tiny.batch([(3, 4), (5, 9)], tiny.VOCAB)
+    student.head().logits(student.hidden(batch)).square().mean().backward()
+    assert any(weight.grad is not None and weight.grad.any() for weight in student.parameters())
+    prompts = [s.prompt for s in tiny.sequences([(3, 1), (5, 1)], tiny.VOCAB)]
+    outputs = sample(student, prompts, Sampling(temperature=0.0, max_new_tokens=4), [(0, 0), (0, 1)])
+    assert all(len(out.tokens) > 0 for out in outputs)
+
+
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapter"])
 def test_quantized_teacher_is_close_and_its_head_exact(bits, adapted, tmp_path, monkeypatch):
