@@ -435,6 +435,11 @@ class TrainConfig(Section):
         False,
         description="Recompute activations in the backward pass, which saves memory and costs one more forward pass.",
     )
+    loss_kernel: Literal["eager", "compiled", "triton", "auto"] = Field(
+        "eager",
+        description="Computation of the loss from the logits: operations of torch, the same compiled by torch, or a Triton "
+        "kernel. auto: the fastest at the start of the run of those that give the same losses and gradients.",
+    )
     adversarial: AttackName = Field(
         "none",
         description="Add the cross-entropy on prompts whose input embeddings are perturbed against the model, with the "

@@ -18,6 +18,8 @@ from distillm_cli.data.batching import batches_by_length
 from distillm_cli.extras import build_extras
 from distillm_cli.losses import objectives
 from distillm_cli.losses.extra import Extra
+from distillm_cli.losses.fused import Kernel
+from distillm_cli.losses.kernels import choose_kernel
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.rollouts.interleaved import InterleavedSampler
 from distillm_cli.rollouts.mixture import MixtureSampler
@@ -28,7 +30,7 @@ from distillm_cli.runs import output_dir
 from distillm_cli.runs.prepare import Prepared
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.checkpoint import Checkpoints
-from distillm_cli.training.events import Listener
+from distillm_cli.training.events import Listener, Note
 from distillm_cli.training.state import RunInfo
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.training.validation import ScheduleProbe, Validator
@@ -74,6 +76,7 @@ def build_trainer(
         router_aux=run.router_aux,
         extras=build_extras(recipe, run.pair, run.stages, listener) if extras is None else extras,
     )
+    student_loss.kernel = _loss_kernel(run, student_loss, teacher, listener)
     info = RunInfo(
         steps=run.steps,
         steps_per_epoch=run.order.steps_per_epoch,
@@ -159,6 +162,24 @@ def build_trainer(
         run=info,
         listener=listener,
     )
+
+
+def _loss_kernel(
+    run: Prepared, student_loss: StudentLoss, teacher: LocalTeacher | None, listener: Listener
+) -> Kernel | None:
+    """Return the kernel that computes the loss, checked on the device of the run; None for torch's operations."""
+    if teacher is None or run.recipe.train.loss_kernel == "eager":
+        return None
+    kernel, found = choose_kernel(
+        run.recipe.train.loss_kernel,
+        run.student.head(),
+        teacher.head,
+        student_loss.criterion.weights(Source.DATASET).divergence,
+        run.dtype,
+    )
+    if found:
+        listener(Note(found))
+    return kernel
 
 
 def sampling_models(run: Prepared) -> list[Backbone]:
