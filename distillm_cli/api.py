@@ -21,13 +21,15 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack
 
 from distillm_cli.config.shortcuts import Flag, field_flags, flag_of
 from distillm_cli.errors import CheckpointError, DistillmError, UsageError
 from distillm_cli.runs.object_inputs import is_model, is_rows, is_tokenizer, save_model, save_rows, save_tokenizer
-from distillm_cli.training.events import Event, Listener, Note, Warned
+from distillm_cli.training.distributed import joined, world
+from distillm_cli.training.events import Event, Listener, Note, Warned, silent
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -311,16 +313,6 @@ def check_complete(recipe: Recipe) -> None:
         raise UsageError("usage.no_teacher", "no teacher", hint="give --teacher PATH, or use `distillm sft`")
 
 
-def check_single_process() -> None:
-    """Raise UsageError if a launcher (accelerate, torchrun) started several processes: each would do all the work."""
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise UsageError(
-            "usage.several_processes",
-            "training in several processes is not supported",
-            hint="start it without a launcher",
-        )
-
-
 def resolve_training(
     verb: str,
     recipe: str | Path | Resolved | None,
@@ -371,7 +363,7 @@ def check_training(resolved: Resolved) -> list[str]:
 
     check_complete(resolved.recipe)
     notes = [note for note in (check_data(resolved), fitted_line(resolved)) if note is not None]
-    check_single_process()
+    world().check_same({"recipe": resolved.recipe.model_dump(mode="json")})
     return notes
 
 
@@ -558,8 +550,8 @@ def plan(
 
     stages, defaults: override those of a recipe of stages. Objects are saved in a temporary directory.
     """
-    with _keywords_in_errors(), TemporaryDirectory() as directory, _reporting(display, listener) as (listen, ui):
-        given = _Given("plan", Path(directory))
+    with _in_directory() as directory, _reporting(display, listener) as (listen, ui):
+        given = _Given("plan", directory)
         given.add_all(fields)
         result = plan_recipe(recipe, given.flags, [*given.sets, *_pipeline_sets(stages, defaults)], listen)
         if ui is not None:
@@ -589,9 +581,8 @@ def run(
     from distillm_cli.config.pipeline_recipe import load_pipeline
     from distillm_cli.runs.defaults import fitted_pipeline
 
-    with _keywords_in_errors(), _reporting(display, listener) as (listen, ui):
+    with joined(), _keywords_in_errors(), _reporting(display, listener) as (listen, ui):
         pipeline = fitted_pipeline(load_pipeline(recipe, _pipeline_sets(stages, defaults)))
-        check_single_process()
         from distillm_cli.runs.pipeline import run_pipeline
 
         chosen = only if only is None or isinstance(only, str) else ",".join(only)
@@ -623,8 +614,8 @@ def generate(
     data = None
     if not isinstance(keywords.get("data"), Mapping) or is_rows(keywords["data"]):
         data = keywords.pop("data", None)
-    with _keywords_in_errors(), TemporaryDirectory() as directory, _reporting(display, listener) as (listen, _):
-        given = _Given("generate", Path(directory))
+    with _in_directory() as directory, _reporting(display, listener) as (listen, _):
+        given = _Given("generate", directory)
         split, limit = keywords.pop("split", None), keywords.pop("limit", None)
         samples, greedy = keywords.pop("n", 1), keywords.pop("greedy", False)
         file = {name: keywords.pop(name, False) for name in ("resume", "overwrite")}
@@ -632,8 +623,7 @@ def generate(
         flags = generation_flags(given.flags, greedy=greedy)
         path = given.model(model)
         if data is not None:
-            data = str(save_rows(Path(directory), data)) if is_rows(data) else os.fspath(data)
-        check_single_process()
+            data = str(save_rows(directory, data)) if is_rows(data) else os.fspath(data)
         from distillm_cli.runs.generate import generate_responses
         from distillm_cli.runs.inference import Settings
         from distillm_cli.runs.prompt_source import PromptSource
@@ -663,15 +653,14 @@ def evaluate(
     ``EvalFields``. ``suite`` is a name, a file, a list of these, or rows.
     """
     chosen = models if isinstance(models, list) else [models]
-    with _keywords_in_errors(), TemporaryDirectory() as directory, _reporting(display, listener) as (listen, ui):
-        given = _Given("eval", Path(directory))
+    with _in_directory() as directory, _reporting(display, listener) as (listen, ui):
+        given = _Given("eval", directory)
         given.add_all(fields)
         flags = evaluation_flags(given.flags)
         checkpoints = [given.model(model) for model in chosen]
         place = None if output is None else str(output)
         if place is None and any(map(is_model, chosen)):
             place = "eval" if len(chosen) > 1 else f"eval-{Path(checkpoints[0]).name}"
-        check_single_process()
         from distillm_cli.runs.eval import evaluate_checkpoints
         from distillm_cli.runs.inference import Settings
 
@@ -694,7 +683,7 @@ def _train(
 ) -> TrainResult:
     place = Path(output or "runs/name")
     directory = (place if place.name else place.resolve()).parent / _INPUTS  # Path(".") has no name
-    with _keywords_in_errors(), reporting as (listen, ui):
+    with joined(), _keywords_in_errors(), reporting as (listen, ui):
         given = _Given(verb, directory)
         given.add_all(fields)
         resolved = resolve_training(verb, recipe, given.flags, given.sets, output=output, resume=options.resume)
@@ -739,8 +728,26 @@ def _pipeline_sets(stages: Mapping[str, Fields] | None, defaults: Fields | None)
 
 
 @contextmanager
+def _in_directory() -> Iterator[Path]:
+    """Yield a temporary directory for objects, in the processes of a launcher and with keywords in errors."""
+    with joined(), _keywords_in_errors():
+        directory = world().broadcast(mkdtemp)
+        try:
+            yield Path(directory)
+        finally:
+            if world().is_first:
+                rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
 def _reporting(display: bool, listener: Listener | None) -> Iterator[tuple[Listener, Console | None]]:
-    """Yield the listener of a call and, with ``display``, the console of the command line."""
+    """Yield the listener of a call and, with ``display``, the console of the command line.
+
+    Of several processes, only the first one reports.
+    """
+    if not world().is_first:
+        yield silent, None
+        return
     if not display:
         yield listener or log_event, None
         return

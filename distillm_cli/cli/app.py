@@ -11,7 +11,7 @@ import os
 import select
 import sys
 import traceback
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Annotated, Any
 
 import typer
@@ -26,7 +26,7 @@ from distillm_cli.cli.methods import methods_app
 from distillm_cli.cli.plan import plan
 from distillm_cli.cli.recipes import recipes_app, schema
 from distillm_cli.cli.run import run_stages
-from distillm_cli.cli.streams import open_streams, print_error, report
+from distillm_cli.cli.streams import muted, open_streams, print_error, report
 from distillm_cli.cli.train import distill, sft
 from distillm_cli.cli.usage import UsageProblem, explained
 from distillm_cli.errors import (
@@ -41,6 +41,7 @@ from distillm_cli.errors import (
     signal_number,
     typed_options,
 )
+from distillm_cli.training.distributed import is_exchanged, joined, launched_rank
 from distillm_cli.utils.signals import handle_signals, received_signal
 from distillm_cli.utils.storage import discard_stdout, is_full, os_error_number, reason
 from distillm_cli.utils.text import printable, redact
@@ -126,8 +127,9 @@ def _invoke(command: Any, argv: list[str]) -> int:
         if not word.isascii() and word != word.encode("utf-8", "ignore").decode():
             spelled = word.encode("utf-8", "backslashreplace").decode()
             raise UsageError("usage.not_utf8", f"{spelled} is not UTF-8", hint="rename the file, or check the variable")
+    silenced = muted() if launched_rank() else nullcontext()  # of several processes, the first one prints
     try:
-        with handle_signals(), command.make_context("distillm", list(argv)) as context:
+        with handle_signals(), silenced, joined(), command.make_context("distillm", list(argv)) as context:
             command.invoke(context)
     except typer.Exit as done:
         return done.exit_code
@@ -152,6 +154,8 @@ def set_environment() -> None:
 def _report_error(error: BaseException, argv: list[str]) -> int:
     if isinstance(error, UsageProblem) and type(error).__name__ == "NoArgsIsHelpError":
         return 2  # the help is already printed
+    if launched_rank() and is_exchanged(error):  # the first process reports it
+        return _as_distillm_error(error, argv).exit_code
     if "--debug" in typed_options(argv):
         with suppress(OSError):
             print(printable(redact("".join(traceback.format_exception(error)))), end="", file=sys.stderr)

@@ -56,10 +56,9 @@ def eval_checkpoints(
     Without --suite, the suites of the checkpoint's recipe are used, or the held-out rows of its run. Options that are
     not given, including the template, come from that recipe as well. Without a recipe, the defaults below apply.
     """
-    from distillm_cli.api import check_single_process, evaluation_flags
+    from distillm_cli.api import evaluation_flags
 
     flags = evaluation_flags(fields)
-    check_single_process()
     suites = flags["eval.suites"].value if "eval.suites" in flags else []
     check_sampling_inputs("eval", checkpoints, suites, recipe, flags, sets)
 

@@ -141,7 +141,7 @@ def generate(
 
     Options that are not given come from the model's recipe. Without a recipe, the defaults below apply.
     """
-    from distillm_cli.api import check_single_process, generation_flags
+    from distillm_cli.api import generation_flags
     from distillm_cli.runs.prompt_source import PromptSource, check_request
 
     if chosen.model is None:
@@ -154,7 +154,6 @@ def generate(
             hint="give --output FILE",
         )
     flags = generation_flags(fields, greedy=chosen.greedy)
-    check_single_process()
     source = PromptSource(
         data=chosen.data,
         split=chosen.split,

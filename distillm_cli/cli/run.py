@@ -87,7 +87,6 @@ def run_stages(
     Finished stages are skipped. A stage runs again when its recipe, its data or a stage that it reads has changed. To
     resume a stopped pipeline, run the same command again. To start a stage over, remove its directory.
     """
-    from distillm_cli.api import check_single_process
     from distillm_cli.config.pipeline_recipe import load_pipeline
     from distillm_cli.runs.defaults import fitted_pipeline
     from distillm_cli.ui.console import console, print_json
@@ -108,7 +107,6 @@ def run_stages(
         }
         print_json({"command": "run", "status": "ok", "output": str(place), "stages": stages})
         return
-    check_single_process()
     with console(json_mode=reporting.json, quiet=reporting.quiet) as ui:
         from distillm_cli.runs.pipeline import run_pipeline
         from distillm_cli.ui.summary import pipeline_next_steps, pipeline_summary

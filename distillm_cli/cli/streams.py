@@ -7,7 +7,9 @@ import json
 import os
 import select
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
 
 from distillm_cli.errors import DistillmError, typed_options
 from distillm_cli.utils.storage import discard_stdout
@@ -63,6 +65,13 @@ def open_streams() -> None:
             errors=sys.stderr.errors,
             line_buffering=True,
         )
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Discard what is printed in the block."""
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def report(error: DistillmError, argv: list[str]) -> int:

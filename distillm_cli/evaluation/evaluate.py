@@ -26,6 +26,7 @@ from distillm_cli.evaluation.reasoning import without_reasoning
 from distillm_cli.evaluation.robustness import AttackResult
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.rollouts.sampler import Decoder, SampledOutput, Sampling, sample_all
+from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Warned, silent
 
 GREEDY = "greedy"
@@ -166,8 +167,8 @@ def evaluate_suite(
         suite=suite,
         config=config,
         template=encoder.template,
-        scores=_scores(config, answers, references),
-        tasks=_by_task(config, answers, suite.rows, references),
+        scores=world().broadcast(lambda: _scores(config, answers, references)),
+        tasks=world().broadcast(lambda: _by_task(config, answers, suite.rows, references)),
         prompts=[encoder.renderer.prompt(row) for row in suite.rows],
         references=references,
         answers=answers,

@@ -16,6 +16,7 @@ import numpy as np
 from distillm_cli.data.sentences import scored_pairs
 from distillm_cli.evaluation.results import load_summary, write_results
 from distillm_cli.evaluation.suites import Suite
+from distillm_cli.training.distributed import in_first_process
 from distillm_cli.utils.correlation import pearson, spearman
 
 PAIR_METRICS = ("spearman", "pearson")
@@ -66,6 +67,7 @@ def correlations(cosines: np.ndarray, scores: SequenceOf[float]) -> dict[str, fl
     return {name: None if value is None else 100 * value for name, value in found.items()}
 
 
+@in_first_process
 def save_pairs(result: PairResult, root: Path, about: Mapping[str, Any], limit: int | None) -> None:
     """Write cosines and results under ``root``, as ``save_results`` does for responses. Raises StorageError."""
     rows = scored_pairs(result.suite.rows)
@@ -77,6 +79,7 @@ def save_pairs(result: PairResult, root: Path, about: Mapping[str, Any], limit: 
     write_results(_directory(result.suite, root, limit), summary, {f"predictions-{_PASS}.jsonl": lines})
 
 
+@in_first_process
 def load_pairs(suite: Suite, root: Path, about: Mapping[str, Any], limit: int | None) -> dict[str, Any] | None:
     """Return the object of ``--json`` that was saved for the same suite and ``about``, None if none was."""
     return load_summary(_directory(suite, root, limit), _head(suite, about, limit), (f"predictions-{_PASS}.jsonl",))

@@ -24,6 +24,7 @@ from distillm_cli.config import schema
 from distillm_cli.evaluation.evaluate import GREEDY, Answer, SuiteResult
 from distillm_cli.evaluation.metrics import ratio
 from distillm_cli.evaluation.suites import Suite
+from distillm_cli.training.distributed import in_first_process
 from distillm_cli.utils import manifest
 from distillm_cli.utils.storage import atomic_write, check_writable, nearest_directory, storing
 
@@ -54,6 +55,7 @@ def settings_label(config: schema.EvalConfig, template: str) -> str:
     return "-".join(parts)
 
 
+@in_first_process
 def check_results_writable(root: Path) -> None:
     """Raise StorageError if ``root`` is not writable, before the models are run.
 
@@ -63,6 +65,7 @@ def check_results_writable(root: Path) -> None:
         check_writable(nearest_directory(root))
 
 
+@in_first_process
 def save_results(result: SuiteResult, root: Path, about: Mapping[str, Any] | None = None) -> Path:
     """Write predictions and results under ``root``, list them in a manifest, and return their directory.
 
@@ -94,6 +97,7 @@ def write_results(
         atomic_write(directory / RESULTS, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
 
+@in_first_process
 def load_results(
     suite: Suite, root: Path, config: schema.EvalConfig, template: str, about: Mapping[str, Any]
 ) -> dict[str, Any] | None:

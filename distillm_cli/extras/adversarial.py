@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distillm_cli.losses.attacks import Attack, find_perturbation, perturbed
-from distillm_cli.losses.extra import Extra, MicroRows, StudentPass
+from distillm_cli.losses.extra import Extra, MicroRows, StudentPass, step_sum
 from distillm_cli.losses.fused import fused_loss
 from distillm_cli.losses.objectives import STUDENT_OUTPUTS
 from distillm_cli.losses.student_loss import concatenate, sequence_shares
@@ -58,4 +58,5 @@ class Adversarial(Extra):
 
     def figures(self) -> dict[str, float]:
         """Return the step's cross-entropy under attack, nats per token."""
-        return {"adversarial_loss": float(torch.stack(self._losses).sum())} if self._losses else {}
+        loss = step_sum(self._losses)
+        return {} if loss is None else {"adversarial_loss": loss}

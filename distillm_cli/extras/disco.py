@@ -25,6 +25,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.models.sentence import SentenceEncoder
 from distillm_cli.rollouts.scheduler import Source
+from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, silent
 from distillm_cli.types import Batch, Sequence, collate, length_groups
 
@@ -102,6 +104,19 @@ class EmbeddingLoss(StudentLoss):
         return total, torch.tensor(sum(batch.size for batch in batches), device=total.device)
 
 
+def embed_together(
+    encoder: SentenceEncoder, sequences: SequenceOf[Sequence], listener: Listener = silent, task: str = ""
+) -> Tensor:
+    """Return the embeddings of sentences [B, D], on the CPU. Each process computes a share of them, and all return all."""
+    if world().size == 1:
+        return encoder.embed(sequences, listener, task)
+
+    def embed(share: list[Sequence]) -> list[np.ndarray]:
+        return list(encoder.embed(share, listener, task).numpy())
+
+    return torch.from_numpy(np.stack(world().map(embed, sequences, [len(s) for s in sequences])))
+
+
 class TeacherEmbeddings:
     """Return the teacher's normalized embeddings of training sentences.
 
@@ -131,10 +146,12 @@ class TeacherEmbeddings:
         """Return the embeddings [B, D] of these sentences, on the teacher's device."""
         with torch.autocast(self.teacher.device.type, enabled=False):
             if not self.all_once:
-                found = self.teacher.embed([self.sequences[row] for row in rows])
+                found = embed_together(self.teacher, [self.sequences[row] for row in rows])
             else:
                 if self._table is None:
-                    self._table = self.teacher.embed(self.sequences, self.listener, "embedding training sentences")
+                    self._table = embed_together(
+                        self.teacher, self.sequences, self.listener, "embedding training sentences"
+                    )
                 found = self._table[list(rows)]
         return F.normalize(found.to(self.teacher.device), dim=1)
 

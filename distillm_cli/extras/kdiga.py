@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distillm_cli.config.extras import KDIGAConfig
 from distillm_cli.errors import ModelError, out_of_memory
-from distillm_cli.losses.extra import Extra, MicroRows, StudentPass
+from distillm_cli.losses.extra import Extra, MicroRows, StudentPass, step_sum
 from distillm_cli.losses.objectives import STUDENT_OUTPUTS
 from distillm_cli.losses.plain import token_losses
 from distillm_cli.models.backbone import Backbone
@@ -160,6 +160,5 @@ class KDIGA(Extra):
 
     def figures(self) -> dict[str, float]:
         """Return the mean distance over the step's sequences, before the weight."""
-        if not self._distances:
-            return {}
-        return {"input_gradient": float(torch.stack(self._distances).sum())}
+        distance = step_sum(self._distances)
+        return {} if distance is None else {"input_gradient": distance}

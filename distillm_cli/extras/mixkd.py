@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from distillm_cli.config.extras import MixKDConfig
-from distillm_cli.losses.extra import Extra, MicroRows, StudentPass
+from distillm_cli.losses.extra import Extra, MicroRows, StudentPass, step_sum
 from distillm_cli.losses.fused import fused_loss
 from distillm_cli.losses.objectives import STUDENT_OUTPUTS
 from distillm_cli.losses.student_loss import concatenate
@@ -334,5 +334,4 @@ class MixKD(Extra):
 
     def figures(self) -> dict[str, float]:
         """Return the step's λ and the loss of its mixtures, nats per token."""
-        loss = float(torch.stack(self._losses).sum()) if self._losses else 0.0
-        return {"mixup_share": self._share, "mixup_loss": loss}
+        return {"mixup_share": self._share, "mixup_loss": step_sum(self._losses) or 0.0}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from distillm_cli.losses.extra import Extra, MicroRows, StudentPass
 from distillm_cli.losses.fused import HeadLike
 from distillm_cli.losses.objectives import CrossEntropy
 from distillm_cli.teachers.local import LanguageModel
+from distillm_cli.training.distributed import world
 from distillm_cli.training.state import RunInfo
 from distillm_cli.types import Batch, Sequence, collate
 
@@ -43,9 +45,15 @@ def confidence_of(
     head: Callable[[], HeadLike],
     device: torch.device,
 ) -> dict[Sequence, Confidence]:
-    """Return the teacher's confidence in the tokens of every sequence. hidden: returns its states [N, D] for a batch."""
-    found: dict[Sequence, Confidence] = {}
-    for sequences in batches:
+    """Return the teacher's confidence in the tokens of every sequence. hidden: returns its states [N, D] for a batch.
+
+    Each process computes a share of the batches, and all return all.
+    """
+
+    def of_batches(share: list[SequenceOf[Sequence]]) -> list[list[Confidence]]:
+        return [of_batch(sequences) for sequences in share]
+
+    def of_batch(sequences: SequenceOf[Sequence]) -> list[Confidence]:
         batch = collate(sequences).to(device)
         hidden_ND = hidden(batch, sequences)
         log_p_parts, right_parts = [], []
@@ -54,11 +62,12 @@ def confidence_of(
             log_p_parts.append(highest.values.cpu())
             right_parts.append((highest.indices == targets_N).cpu())
         lengths = [s.supervised for s in sequences]
-        parts = zip(
-            sequences, torch.cat(log_p_parts).split(lengths), torch.cat(right_parts).split(lengths), strict=True
-        )
-        found |= {sequence: Confidence(log_p_N, is_right_N) for sequence, log_p_N, is_right_N in parts}
-    return found
+        parts = zip(torch.cat(log_p_parts).split(lengths), torch.cat(right_parts).split(lengths), strict=True)
+        return [Confidence(log_p_N.clone(), is_right_N.clone()) for log_p_N, is_right_N in parts]
+
+    batches = list(batches)
+    found = world().map(of_batches, batches, [sum(map(len, sequences)) for sequences in batches])
+    return dict(zip(chain.from_iterable(batches), chain.from_iterable(found), strict=True))
 
 
 def medians(confidences: Iterable[Confidence]) -> dict[bool, float]:

@@ -33,6 +33,7 @@ from distillm_cli.extras import MASK_FILE
 from distillm_cli.losses.extra import Extra, StudentPass, TeacherPass
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.blocks import BlockOutputs, blocks_of, real_positions, supervised_positions
+from distillm_cli.training.distributed import world
 from distillm_cli.training.state import RunInfo
 from distillm_cli.types import Batch, Sequence, collate
 from distillm_cli.utils.modules import eval_mode
@@ -80,22 +81,31 @@ def read_masks(directory: Path) -> tuple[Tensor, Tensor]:
 def mean_features(teacher: Backbone, count: int, batches: SequenceOf[SequenceOf[Sequence]]) -> Tensor:
     """Return the mean output [K, D] of a teacher's last blocks over all positions of the batches, in float32."""
     outputs = BlockOutputs(last_blocks(teacher, count))
-    sums: list[Tensor] = []
-    positions = 0
-    outputs.collects = True
-    outputs.attach()
-    try:
-        for sequences in batches:
-            batch = collate(sequences).to(teacher.device)
+
+    dist = world()
+
+    def own_sums() -> tuple[list[Tensor], int]:
+        sums: list[Tensor] = []
+        positions = 0
+        for i in dist.share([sum(map(len, sequences)) for sequences in batches]):
+            batch = collate(batches[i]).to(teacher.device)
             with eval_mode(teacher), torch.autocast(teacher.device.type, enabled=False):
                 teacher.hidden(batch)
             real_M = real_positions(teacher, batch)
             states = [_at(passes, [real_M]).float().sum(0).to("cpu", torch.float64) for passes in outputs.take()]
             sums = states if not sums else [total + part for total, part in zip(sums, states, strict=True)]
             positions += len(real_M)
+        return sums, positions
+
+    outputs.collects = True
+    outputs.attach()
+    try:
+        found = dist.gather(own_sums)
     finally:
         outputs.remove()
-    return (torch.stack(sums) / max(positions, 1)).float()
+    first, *others = [torch.stack(sums) for sums, _ in found if sums]
+    positions = sum(count for _, count in found)
+    return (sum(others, start=first) / max(positions, 1)).float()
 
 
 class MaskTraining(Extra):

@@ -28,6 +28,7 @@ from distillm_cli.losses.fused import fused_loss
 from distillm_cli.losses.weights import LossWeights, TokenWeights
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LanguageModel
+from distillm_cli.training.distributed import world
 from distillm_cli.training.state import RunInfo
 from distillm_cli.types import Batch, LengthGroups, Sequence
 
@@ -135,6 +136,13 @@ class Extra(nn.Module):
             if current[name].shape != tensor.shape:
                 raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(current[name].shape)}")
             current[name].copy_(tensor)
+
+
+def step_sum(losses: SequenceOf[Tensor]) -> float | None:
+    """Return the sum of a step's losses in all processes; None without any. Every process calls it."""
+    sums = world().gather(lambda: float(torch.stack(list(losses)).sum()) if losses else None)
+    found = [loss for loss in sums if loss is not None]
+    return sum(found) if found else None
 
 
 def with_cross_entropy(name: str) -> str:

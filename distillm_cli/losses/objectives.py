@@ -66,6 +66,11 @@ class TokenLogProbs:
     log_p_N: Tensor | None = None  # the teacher's
     log_q_N: Tensor | None = None  # the student's
 
+    def cpu(self) -> TokenLogProbs:
+        """Return a copy on the CPU."""
+        parts = (None if log_N is None else log_N.cpu() for log_N in (self.log_p_N, self.log_q_N))
+        return TokenLogProbs(*parts)
+
 
 class Objective:
     """Define the loss of a step's tokens.

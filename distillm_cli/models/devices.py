@@ -10,6 +10,8 @@ import torch
 
 from distillm_cli.config import schema
 from distillm_cli.errors import ModelError, UsageError
+from distillm_cli.training.distributed import launched_processes, local_processes, local_rank
+from distillm_cli.utils.text import counted
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -17,9 +19,13 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def resolve_device(name: str) -> torch.device:
     """Return the device named auto, cpu, cuda, cuda:N or mps. Raises UsageError if it does not exist.
 
+    Of several processes on a machine, each has a GPU of its own.
+
     cuda:N becomes torch's current device, since torch reads capabilities and free memory of that one, and Triton runs
     its kernels on it.
     """
+    if name in ("auto", "cuda") and torch.cuda.is_available() and launched_processes() > 1:
+        return _own_gpu()
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -37,8 +43,22 @@ def resolve_device(name: str) -> torch.device:
         raise UsageError(
             "usage.no_device", f"no device {name} on this machine", hint="try --device auto or --device cpu"
         )
+    if device.type != "cpu" and local_processes() > 1:
+        what = f"train.device is {name}, but {local_processes()} processes run on this machine"
+        raise UsageError("usage.no_device", what, hint="try --device auto, which gives each process a GPU")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
+    return device
+
+
+def _own_gpu() -> torch.device:
+    """Return the GPU of this process among those of its machine. Raises UsageError if there are fewer than processes."""
+    gpus = torch.cuda.device_count()
+    if local_processes() > gpus:
+        what = f"{local_processes()} processes on a machine with {counted(gpus, 'GPU')}"
+        raise UsageError("usage.no_device", what, hint=f"start {gpus}, or try --device cpu")
+    device = torch.device("cuda", local_rank())
+    torch.cuda.set_device(device)
     return device
 
 

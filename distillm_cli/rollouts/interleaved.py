@@ -81,12 +81,12 @@ class InterleavedSampler:
         self.width = DecodeWidth(listener)
 
     @torch.no_grad()
-    def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Rollout]:
+    def sample(self, prompts: SequenceOf[Sequence], step: int, places: SequenceOf[int] | None = None) -> list[Rollout]:
         contexts = [model.context for model in (self.student, self.teacher) if model.context is not None]
         context = min(contexts, default=None)
         ids = [s.prompt for s in prompts]
         limits = [max_response_tokens(len(p), self.drafting, context, self.max_length - len(p)) for p in ids]
-        keys = [(step << 24) + i for i in range(len(prompts))]
+        keys = [(step << 24) + i for i in places or range(len(prompts))]
         outputs = decode_in_groups(
             len(prompts), self.width, lambda rows: self._sample_group(ids[rows], keys[rows], limits[rows])
         )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from distillm_cli.losses.objectives import SourceBatch
-from distillm_cli.rollouts.sampler import Sampler
+from distillm_cli.rollouts.sampler import Sampler, sample_together
 from distillm_cli.rollouts.scheduler import Scheduler, Source
 from distillm_cli.training.events import Listener, Progress, silent
 from distillm_cli.types import LOG_DRAWN, LOG_P, LOG_Q, Rollout, Sequence
@@ -126,7 +126,7 @@ class SequencePool:
             batches = {future_step: self.rows(future_step) for future_step in steps if future_step not in self.waiting}
             assert self.student is not None
             with self.sampling():
-                sampled = self.student.sample([row for batch in batches.values() for row in batch], step)
+                sampled = sample_together(self.student, [row for batch in batches.values() for row in batch], step)
             self._count(sampled, is_teachers=False)
             remaining = iter(sampled)
             for future_step, batch in batches.items():
@@ -324,7 +324,7 @@ class ResponseTable:
         for start in range(0, len(rows), batch_size):
             if len(rows) > batch_size:
                 self.emit(Progress(self.name, start, len(rows), "responses"))
-            fresh += self.sampler.sample(rows[start : start + batch_size], epoch)
+            fresh += sample_together(self.sampler, rows[start : start + batch_size], epoch)
         self.sampled |= {s.row: s for s in fresh}
         if len(rows) > batch_size:
             self.emit(Progress(self.name, len(rows), len(rows), "responses"))

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from distillm_cli.config.schema import RolloutConfig
 from distillm_cli.errors import DataError
 from distillm_cli.rollouts.next_token import Sampling, check_chosen, choose
+from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Progress, Warned, silent
 from distillm_cli.types import Rollout, Sequence
 from distillm_cli.utils.memory import retry_halved
@@ -80,8 +82,31 @@ class SampledOutput:
 class Sampler(Protocol):
     """Sample a model's outputs during training, by the built-in sampler or another engine."""
 
-    def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Rollout]:
-        """Return a response of the current model to each prompt. The prompts' own responses are ignored."""
+    def sample(self, prompts: SequenceOf[Sequence], step: int, places: SequenceOf[int] | None = None) -> list[Rollout]:
+        """Return a response of the current model to each prompt. The prompts' own responses are ignored.
+
+        places: index of each prompt in the whole draw, if these are a share of it.
+        """
+
+
+def sample_together(sampler: Sampler, prompts: SequenceOf[Sequence], step: int) -> list[Rollout]:
+    """Return a response to each prompt. Each process samples a share of them, and all return all.
+
+    Each row has its own randomness, so the responses do not depend on the number of processes.
+    """
+    dist = world()
+    if dist.size == 1:
+        return sampler.sample(prompts, step)
+
+    def sample_share(places: list[int]) -> list[tuple[np.ndarray, Tensor | None]]:
+        sampled = sampler.sample([prompts[i] for i in places], step, places)
+        return [(rollout.response, rollout.log_probs_NK) for rollout in sampled]
+
+    parts = dist.map(sample_share, range(len(prompts)), [len(s.prompt) for s in prompts])
+    return [
+        Rollout(s.prompt, response, s.row, log_probs_NK=log_probs_NK)
+        for s, (response, log_probs_NK) in zip(prompts, parts, strict=True)
+    ]
 
 
 class ModelSampler:
@@ -115,11 +140,11 @@ class ModelSampler:
         self.sampling = Sampling(config.temperature, config.top_p, config.top_k, config.max_new_tokens)
         self.width = DecodeWidth(listener)
 
-    def sample(self, prompts: SequenceOf[Sequence], step: int) -> list[Rollout]:
+    def sample(self, prompts: SequenceOf[Sequence], step: int, places: SequenceOf[int] | None = None) -> list[Rollout]:
         if self.by_row:
             seeds = [(self.seed, (step << 32) + s.row) for s in prompts]
         else:
-            seeds = [(self.seed, (step << 24) + i) for i in range(len(prompts))]
+            seeds = [(self.seed, (step << 24) + i) for i in places or range(len(prompts))]
         longest = self.config.most_new_tokens(step / self.steps)
         outputs = sample(
             self.decoder,
@@ -307,16 +332,27 @@ def sample_all(
 ) -> Iterator[tuple[int, SampledOutput]]:
     """Yield (index, output) for every prompt, in batches of similar length, so not in input order.
 
+    Each process samples whole batches, the same as a single process, and all yield all.
+
     rows: the second half of each row's random key. [default: the prompt's index]
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     width = DecodeWidth(listener)
-    for start in range(0, len(order), batch_size):
-        listener(Progress(task, start, len(order), "responses"))
-        picks = order[start : start + batch_size]
+    dist = world()
+
+    def sample_own(group: list[list[int]]) -> list[SampledOutput]:
+        if dist.rank >= len(group):
+            return []
+        picks = group[dist.rank]
         seeds = [(seed, i if rows is None else rows[i]) for i in picks]
-        outputs = sample(decoder, [prompts[i] for i in picks], sampling, seeds, entropy=entropy, width=width)
-        yield from zip(picks, outputs, strict=True)
+        return sample(decoder, [prompts[i] for i in picks], sampling, seeds, entropy=entropy, width=width)
+
+    for first in range(0, len(batches), dist.size):
+        listener(Progress(task, first * batch_size, len(order), "responses"))
+        group = batches[first : first + dist.size]
+        for picks, outputs in zip(group, dist.gather(partial(sample_own, group)), strict=False):
+            yield from zip(picks, outputs, strict=True)
     listener(Progress(task, len(order), len(order), "responses"))
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
 from distillm_cli.data.prefetch import Prefetcher
@@ -21,6 +23,7 @@ from distillm_cli.teachers import teacher_cache
 from distillm_cli.teachers.cached import BatchComposition, CachedTeacher, HiddenStateTable
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.teachers.teacher_cache import CacheKey
+from distillm_cli.training.distributed import in_first_process
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Sequence, collate
 from distillm_cli.utils.memory import available_memory
@@ -111,7 +114,7 @@ def open_teacher(
     elif cache_plan.size.rows:
         _warn_if_short_of_memory(cache_plan, listener)
         order = new_order(run.recipe, run.train)  # not the run's: an order has the state of one epoch
-        rows = HiddenStateTable(run.train.sequences)
+        rows = HiddenStateTable.shared(run.train.sequences, _one_state(run))
         composition = BatchComposition(
             lambda step: [run.train.sequences[i] for i in order.batch(step)],
             steps=order.steps_per_epoch,
@@ -128,7 +131,7 @@ def open_teacher(
         rows=rows,
         composition=composition,
         caches_rollouts=workload.rollouts_repeat or workload.samples_repeat,
-        validation=HiddenStateTable(validation) if validation else None,
+        validation=HiddenStateTable.shared(validation, _one_state(run)) if validation else None,
         # Quantized weights are not plain tensors that could be released one by one.
         releases_model=rows is not None
         and not (samples or model.is_quantized or run.recipe.runs_teacher_on_embeddings),
@@ -209,6 +212,7 @@ def workload_of(run: Prepared) -> CacheWorkload:
     )
 
 
+@in_first_process
 def plan_cache(
     run: Prepared, workload: CacheWorkload, *, started_mode: str | None = None, rebuild: bool = False
 ) -> CachePlan:
@@ -254,6 +258,7 @@ def _existing_on_disk(run: Prepared, workload: CacheWorkload) -> CachePlan | Non
     return _planned_on_disk(run, disk, workload) if disk.exists else None
 
 
+@in_first_process
 def _disk_cache(run: Prepared, workload: CacheWorkload) -> DiskCache:
     """Return the cache on disk of this teacher and these rows. Raises UsageError where the run trains on no rows."""
     check_rows(run.recipe)
@@ -314,11 +319,15 @@ def _validation_rows(run: Prepared) -> list[Sequence]:
 
 
 def _bytes_per_token(run: Prepared) -> int:
-    """Return the bytes of one token's state, measured: for some models it is the logits, in a dtype of their own."""
+    state_ND = _one_state(run)
+    return state_ND.shape[1] * state_ND.element_size()
+
+
+def _one_state(run: Prepared) -> Tensor:
+    """Return the state of one token, which shows width and dtype: for some models it is the logits, in their own dtype."""
     token = run.train.sequences[0].prompt[:1]  # a row may have no response
     sequence = Sequence(token, token)
-    hidden_ND = LocalTeacher(run.teacher).hidden(collate([sequence]).to(run.device), [sequence])
-    return hidden_ND.shape[1] * hidden_ND.element_size()
+    return LocalTeacher(run.teacher).hidden(collate([sequence]).to(run.device), [sequence])
 
 
 def _config_json(model: Backbone) -> str:

@@ -14,11 +14,13 @@ from distillm_cli.config.yaml_io import text_of
 from distillm_cli.models.sentence import SentenceEncoder
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.publish import front_matter
+from distillm_cli.training.distributed import in_first_process
 from distillm_cli.training.state import TrainerState
 from distillm_cli.utils.storage import storing
 from distillm_cli.utils.text import redact
 
 
+@in_first_process
 def publish_embeddings(
     student: SentenceEncoder,
     output: Path,

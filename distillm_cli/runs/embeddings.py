@@ -38,6 +38,7 @@ from distillm_cli.extras.disco import (
     EmbeddingPart,
     PairTuning,
     TeacherEmbeddings,
+    embed_together,
 )
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models.devices import dtype_name, resolve_device, resolve_dtype
@@ -74,8 +75,9 @@ from distillm_cli.runs.start import TrainOptions
 from distillm_cli.runs.train import interrupted, report_checkpoints
 from distillm_cli.teachers.teacher_cache import rows_digest
 from distillm_cli.training.checkpoint import Checkpoint, Checkpoints, read_checkpoint
+from distillm_cli.training.distributed import launched_processes, world
 from distillm_cli.training.events import Event, Listener, Note, Warned, silent
-from distillm_cli.training.metrics_log import MetricsLog
+from distillm_cli.training.metrics_log import new_metrics_log
 from distillm_cli.training.state import RunInfo, TrainerState
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.training.validation import Validator
@@ -207,6 +209,8 @@ def train_embeddings(
     try:
         checkpoint, stage_checkpoint = _checkpoints(resolved, stage, output, options)
         run = prepare_embeddings(resolved.recipe, listener)
+        if world().size > 1:
+            world().check_same(run.inputs)
         for found in (checkpoint, stage_checkpoint):
             if found is not None:
                 check_same_inputs(found, run.inputs)
@@ -318,7 +322,9 @@ def prepare_embeddings(recipe: Recipe, listener: Listener) -> EmbeddingRun:
         held_out=HeldOut(
             valid_rows,
             student.sequences(held_out_texts),
-            lambda: teacher.embed(teacher.sequences(held_out_texts), listener, "embedding held-out sentences"),
+            lambda: embed_together(
+                teacher, teacher.sequences(held_out_texts), listener, "embedding held-out sentences"
+            ),
         ),
         has_test_rows=recipe.data.source != "builtin" and "test" in find_source(recipe.data.source, silent).parts,
         fingerprints={
@@ -345,6 +351,10 @@ def _check_student_modules(recipe: Recipe) -> None:
 def check_pairs(recipe: Recipe, rows: SequenceOf[SentenceRow], valid_rows: SequenceOf[SentenceRow]) -> None:
     """Raise DataError if the run needs pairs or scores that the rows do not have."""
     if recipe.disco.pairs_epochs:
+        if launched_processes() > 1 and any(row.score is None for row in rows):
+            what = "fine-tuning on pairs without scores (disco.pairs_epochs) does not run in several processes"
+            where = "its negatives are the other rows of a micro-batch"
+            raise UsageError("usage.one_process", what, where=where, hint="start it without a launcher")
         for row in (*rows, *valid_rows):
             if len(row.sentences) < 2:
                 raise DataError(
@@ -539,7 +549,7 @@ def measure_student(
     """Return the validation loss and the figures of a student, in its training precision."""
     with torch.no_grad():
         with run.autocast():
-            states_NS = student.embed(held_out.sequences)
+            states_NS = embed_together(student, held_out.sequences)
         return measure(states_NS)
 
 
@@ -555,7 +565,6 @@ def _distil_first(run: EmbeddingRun, stage: Resolved, output: Path, checkpoint: 
         run.listener(Note(f"already distilled: {output}"))
     else:
         run.listener(Note(f"distilling the student first, in {output}"))
-        output.mkdir(parents=True, exist_ok=True)
         output_dir.write_recipe(output, to_yaml(stage))
         torch.manual_seed(seed)
         run.listener(FineTuned(_train(run, training, "distill", time.perf_counter()), "Distillation"))
@@ -613,12 +622,7 @@ def _trainer(run: EmbeddingRun, stage: _Stage) -> Trainer:
             raise CheckpointError("checkpoint.weights_only", what, where=str(checkpoint.path), hint=hint)
         _load_weights(run.student, checkpoint)
     progress = {"step": 0} if checkpoint is None else checkpoint.state["progress"]
-    log = MetricsLog(
-        stage.output / output_dir.METRICS,
-        log_steps=stage.config.log_steps,
-        first_step=progress["step"],
-        validated=progress.get("valid_loss") is not None,
-    )
+    log = new_metrics_log(stage.output / output_dir.METRICS, stage.config, progress)
 
     def log_and_report(event: Event) -> None:
         log(event)

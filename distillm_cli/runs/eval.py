@@ -33,6 +33,7 @@ from distillm_cli.models.tokenizer_files import own_tokenizer
 from distillm_cli.runs import inference
 from distillm_cli.runs.inference import Settings
 from distillm_cli.runs.run_results import CheckpointScores, EvalResult
+from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.utils.memory import resume_garbage_collection
 from distillm_cli.utils.modules import weights_fingerprint
@@ -190,7 +191,7 @@ def _score_pairs(job: _Job, suites: list[Suite], resume: bool, listener: Listene
             job.scores[suite.name] = saved
             continue
         embed = partial(_embed, encoder, listener, f"embedding {suite.name}")
-        result = evaluate_pairs(embed, suite)
+        result = world().broadcast(partial(evaluate_pairs, embed, suite))
         if None in result.scores.values():
             listener(Warned(f"{suite.name}: all scores or all cosines are equal, so that correlations are undefined"))
         save_pairs(result, job.output, about, limit)
@@ -230,16 +231,9 @@ def _score_responses(job: _Job, suites: list[Suite], resume: bool, listener: Lis
             if score.undefined is not None:
                 listener(Warned(f"{suite.name}: {score.undefined}"))
         if attack is not None:
-            found = measure_attack(
-                backbone,
-                encoder,
-                suite,
-                attack,
-                context=backbone.context,
-                device=backbone.device,
-                batch_size=job.recipe.eval.batch_size,
-                listener=listener,
-            )
+            measure = partial(measure_attack, backbone, encoder, suite, attack, context=backbone.context)
+            measure = partial(measure, device=backbone.device, batch_size=job.recipe.eval.batch_size, listener=listener)
+            found = world().broadcast(measure)
             result = replace(result, attack=found)
         save_results(result, job.output, about)
         job.scores[suite.name] = result.as_json()

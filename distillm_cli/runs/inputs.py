@@ -15,6 +15,7 @@ from distillm_cli.data.sources import local_path
 from distillm_cli.errors import UsageError
 from distillm_cli.models.model_paths import ADAPTER_CONFIG, read_base_model
 from distillm_cli.runs import output_dir
+from distillm_cli.training.distributed import in_first_process
 
 
 def names_rows(key: str) -> bool:
@@ -30,6 +31,7 @@ def local_input(key: str, text: str) -> Path | None:
     return place if place is not None and place.exists() else None
 
 
+@in_first_process
 def check_overwrite(verb: str, recipe: Recipe, output: Path, *, file: str | None = None) -> None:
     """Raise UsageError if an overwrite of ``output`` would remove or replace inputs of the run.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distillm_cli.errors import DataError, UsageError
+from distillm_cli.training.distributed import in_first_process
 from distillm_cli.utils.storage import atomic_directory, flush, staging_directory, storing
 
 _DIGEST_LENGTH = 12  # characters of a name
@@ -39,6 +40,7 @@ def is_rows(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(row, Mapping) for row in value)
 
 
+@in_first_process
 def save_model(directory: Path, value: Any, tokenizer: Any = None) -> Path:
     """Save a model and its tokenizer in a new directory in ``directory``, and return its path.
 
@@ -62,11 +64,13 @@ def save_model(directory: Path, value: Any, tokenizer: Any = None) -> Path:
     return _saved(directory / f"{name}-{digest.hexdigest()[:_DIGEST_LENGTH]}", [tokenizer, model])
 
 
+@in_first_process
 def save_tokenizer(directory: Path, tokenizer: Any) -> Path:
     """Save a tokenizer in a new directory in ``directory``, and return its path. Raises StorageError."""
     return _saved(directory / f"tokenizer-{_tokenizer_digest(directory, tokenizer)}", [tokenizer])
 
 
+@in_first_process
 def save_rows(directory: Path, rows: Any) -> Path:
     """Write rows to a JSON lines file in ``directory``, and return its path.
 

@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -18,7 +19,8 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 
 import distillm_cli
-from distillm_cli.errors import CheckpointError, UsageError
+from distillm_cli.errors import CheckpointError, StorageError, UsageError
+from distillm_cli.training.distributed import in_first_process, world
 from distillm_cli.utils import manifest
 from distillm_cli.utils.storage import (
     PROBE,
@@ -69,6 +71,7 @@ _FOLDERS = (CHECKPOINTS, EVAL, TEMPLATES, *SENTENCE_FOLDERS)
 _MODEL = "model"  # names the directory in which a model is staged
 
 
+@in_first_process
 def default_name(recipe: str | None, data: str, student: str, method: str, *, resume: bool) -> Path:
     """Return ``runs/dolly-gpt2-distillm``, with a number if that exists; on a resume the newest of that name."""
 
@@ -91,11 +94,13 @@ def places(output: Path) -> list[Path]:
     return [output, *(output / name for name in STAGES)]
 
 
+@in_first_process
 def may_resume(output: Path) -> bool:
     """Return whether the directory has checkpoints of a run."""
     return any((place / CHECKPOINTS).is_dir() for place in places(output))
 
 
+@in_first_process
 def check_output(output: Path, *, resume: bool, overwrite: bool) -> bool:
     """Check that the directory may be written, and return whether it was created.
 
@@ -190,6 +195,7 @@ def foreign(output: Path) -> Path | None:
     return next((path for path in found if ours.isdisjoint([path, *path.parents])), None)
 
 
+@in_first_process
 def foreign_teacher(output: Path) -> Path | None:
     """Return what keeps a run from saving its teacher in ``OUTPUT/teacher``; None if it can.
 
@@ -207,11 +213,13 @@ def foreign_teacher(output: Path) -> Path | None:
     return next((path for path in found if path not in ours), None)
 
 
+@in_first_process
 def has_stage(output: Path, name: str) -> bool:
     """Return whether ``OUTPUT/NAME`` is a stage of the run in ``output``, not an unrelated directory."""
     return (output / name).is_dir() and name in manifest.recorded(output)
 
 
+@in_first_process
 def clear(output: Path) -> list[Path]:
     """Remove the files of an earlier run from the directory, and folders that become empty.
 
@@ -234,9 +242,26 @@ def clear(output: Path) -> list[Path]:
     return stuck
 
 
+def check_shared(output: Path) -> None:
+    """Raise StorageError if a process of the run, on another machine, does not see the directory."""
+    dist = world()
+    if dist.size == 1:
+        return
+    probe = Path(dist.broadcast(lambda: tempfile.mkstemp(prefix=PROBE, dir=output)[1]))
+    try:
+        seen = dist.gather(probe.exists)
+    finally:
+        if dist.is_first:
+            probe.unlink(missing_ok=True)
+    if not all(seen):
+        what = f"process {seen.index(False)} does not see the output directory {output}"
+        hint = "choose an --output on a file system that all machines share"
+        raise StorageError("storage.not_shared", what, hint=hint)
+
+
 @contextmanager
 def claimed(output: Path, *, is_new: bool = False) -> Iterator[None]:
-    """Lock the directory against other runs. Raises UsageError if another run has locked it.
+    """Lock the directory against other runs, in the first process. Raises UsageError if another run has locked it.
 
     The directory itself is locked, without a lock file, and the lock ends with the process. is_new: it was created for
     this run, and is removed if the run fails before it writes anything.
@@ -247,6 +272,9 @@ def claimed(output: Path, *, is_new: bool = False) -> Iterator[None]:
             "usage.output_in_use", f"another run is active in {output}", hint="wait for it, or choose another --output"
         )
 
+    if not world().is_first:
+        yield
+        return
     output.mkdir(parents=True, exist_ok=True)  # created by another run, and removed when that failed
     with locked(output, busy):
         try:
@@ -258,6 +286,7 @@ def claimed(output: Path, *, is_new: bool = False) -> Iterator[None]:
             raise
 
 
+@in_first_process
 def write_file(output: Path, name: str, text: str) -> None:
     """Write a file of a run atomically, after listing it in the directory's manifest. Raises OSError.
 
@@ -268,6 +297,7 @@ def write_file(output: Path, name: str, text: str) -> None:
     atomic_write(output / name, text)
 
 
+@in_first_process
 def write_result(output: Path, result: Mapping[str, object]) -> None:
     """Write the result of a training. Raises StorageError."""
     text = json.dumps(json_value(result), allow_nan=False, indent=1) + "\n"
@@ -275,11 +305,13 @@ def write_result(output: Path, result: Mapping[str, object]) -> None:
         write_file(output, RESULT, text)
 
 
+@in_first_process
 def checkpoint_sizes(output: Path) -> list[int]:
     """Return the size of each checkpoint in the directory and in its stages, in bytes."""
     return [sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in _checkpoints(output)]
 
 
+@in_first_process
 def remove_checkpoints(output: Path) -> list[Path]:
     """Remove the checkpoints in the directory and in its stages. Returns those that could not be removed."""
     stuck = []
@@ -309,11 +341,13 @@ def recipe_header() -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
+@in_first_process
 def write_recipe(output: Path, text: str, *, stages: Iterable[str] = ()) -> None:
     """Write the recipe at the start of a run. Of the files that an earlier run sealed, only the model stays sealed.
 
     stages: names of the directories of the stages before the run.
     """
+    output.mkdir(parents=True, exist_ok=True)
     manifest.unseal(output, RECIPE)
     manifest.record(output, [METRICS, *stages])
     write_file(output, RECIPE, recipe_header() + text)

@@ -39,6 +39,7 @@ from distillm_cli.runs.run_results import (
 )
 from distillm_cli.runs.stage_record import StageRecord
 from distillm_cli.runs.start import TrainOptions
+from distillm_cli.training.distributed import in_first_process, world
 from distillm_cli.training.events import Listener, Note, Staged, Warned
 from distillm_cli.utils.manifest import recorded
 from distillm_cli.utils.memory import return_freed_memory
@@ -79,6 +80,7 @@ def choose_stages(pipeline: Pipeline, only: str | None, start: str | None) -> li
     return [name for name in names if name in selected] if start is None else names[names.index(start) :]
 
 
+@in_first_process
 def stage_states(pipeline: Pipeline, output: Path, chosen: list[str]) -> dict[str, StageState]:
     """Return the state of each stage for a run, without writing.
 
@@ -119,6 +121,7 @@ def run_pipeline(
     stage_states(pipeline, output, chosen)  # reports errors before anything is written
     with stage_record.lock_pipeline(output):
         output_dir.write_file(output, RESOLVED_PIPELINE, resolved_yaml(pipeline))
+        output_dir.check_shared(output)
         results = _PipelineRun(pipeline, output, chosen, listener).run()
     return PipelineResult(output, round(time.perf_counter() - started, 3), results)
 
@@ -142,6 +145,7 @@ def describe(state: StageState) -> str:
     return f"{state.kind}: {state.why}" if state.why else state.kind
 
 
+@in_first_process
 def _check_free(path: Path) -> None:
     """Raise UsageError for a ``pipeline.yaml`` that no run wrote."""
     if path.is_file() and path.name not in recorded(path.parent):
@@ -153,6 +157,7 @@ def _is_done(record: StageRecord | None, place: Path) -> bool:
     return record is not None and record.status == "done" and stage_record.is_intact(record, place)
 
 
+@in_first_process
 def _state(stage: Stage, place: Path, before: StageRecord, made: Mapping[str, str]) -> StageState:
     of = stage_record.fingerprint_inputs(stage, made)
     if stage_record.stage_fingerprint(of) != before.fingerprint:
@@ -263,7 +268,9 @@ class _PipelineRun:
         from distillm_cli.training.checkpoint import visible
 
         # Until the directory is cleared, its checkpoints may belong to an earlier version of the stage.
-        has_checkpoint = any(visible(directory / output_dir.CHECKPOINTS) for directory in output_dir.places(place))
+        has_checkpoint = world().broadcast(
+            lambda: any(visible(directory / output_dir.CHECKPOINTS) for directory in output_dir.places(place))
+        )
         resume = record.status == "started" and has_checkpoint
         output_dir.check_output(place, resume=resume, overwrite=not resume)
         if not resume:
@@ -322,6 +329,7 @@ class _PipelineRun:
             self.listener(Warned(f"stage {stage.name} is not run again, although it has changed: {state.why}"))
 
 
+@in_first_process
 def _rename_old_rows(samples: Path, listener: Listener) -> None:
     """Rename a file of rows that will be generated again, since a user may have corrected it."""
     numbered = (samples.with_name(f"{samples.stem}-before-{n}{samples.suffix}") for n in itertools.count(1))

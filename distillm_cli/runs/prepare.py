@@ -33,6 +33,7 @@ from distillm_cli.models.shared import save_plain
 from distillm_cli.models.tokenizer_files import TokenizerCache, quiet
 from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
 from distillm_cli.teachers.teacher_cache import cache_root, cached_date, rows_digest
+from distillm_cli.training.distributed import in_first_process
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.types import Rollout, Sequence, collate, pass_overhead
 from distillm_cli.utils.memory import resume_garbage_collection, return_freed_memory
@@ -349,6 +350,7 @@ def _chosen_template(data: DataConfig, pair: Pair, rows: Rows, listener: Listene
     return template, f"auto: {why}"
 
 
+@in_first_process
 def _chosen_date(recipe: Recipe, data: str) -> tuple[str, str]:
     """Return the date for chat templates and its origin, if it is not set in the recipe."""
     if recipe.method != "sft" and recipe.teacher.cache in ("disk", "auto"):

@@ -18,6 +18,8 @@ from distillm_cli.runs.build import build_trainer
 from distillm_cli.runs.prepare import Prepared
 from distillm_cli.runs.resume import best_checkpoint, checkpoint_weights, restore_student
 from distillm_cli.runs.stages import PriorStage, StageJob, start_trainer
+from distillm_cli.teachers.cached import CachedTeacher
+from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.types import Sequence
@@ -73,9 +75,11 @@ def _labels(job: StageJob) -> dict[Sequence, Tensor]:
     held_out = confidence_of(
         batches_by_length(run.answered, rows), lambda batch, _: teacher.compute(batch), lambda: teacher.head, run.device
     )
-    training = confidence_of(
-        batches_by_length(run.train.sequences, rows), teacher.hidden, lambda: teacher.head, run.device
-    )
+    batches = batches_by_length(run.train.sequences, rows)
+    if world().size > 1 and isinstance(teacher, CachedTeacher) and teacher.composition is not None:
+        batches = teacher.composition.batches_with(run.train.sequences)  # each is computed in one process
+    training = confidence_of(batches, teacher.hidden, lambda: teacher.head, run.device)
+    teacher.exchange((), run.device)
     thresholds = medians(training.values())
     labels = {s: labels_of(found, thresholds) for s, found in (held_out | training).items()}
     counts = Counter(label for s in run.train.sequences for label in labels[s].tolist())

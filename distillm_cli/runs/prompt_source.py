@@ -16,6 +16,7 @@ from distillm_cli.data.rows import BadRow, Split, parse
 from distillm_cli.data.sources import Row, load_rows, local_path, path_kind, user_path
 from distillm_cli.errors import DataError, UsageError
 from distillm_cli.runs.responses import ResponseFile
+from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.utils.text import all_are
 
@@ -111,7 +112,7 @@ def read_prompts(source: PromptSource, data: DataConfig, listener: Listener) -> 
 def _lines(source: str, data: DataConfig, listener: Listener) -> list[Row]:
     """Read a prompt from each line: an instruction as text, or a row as a JSON object."""
     try:
-        raw = sys.stdin.buffer.read() if source == "-" else user_path(source).read_bytes()
+        raw = world().broadcast(sys.stdin.buffer.read) if source == "-" else user_path(source).read_bytes()
         lines = raw.decode("utf-8-sig").split("\n")
     except OSError as error:
         raise DataError("data.unreadable", f"{source}: {error.strerror or error}", hint="check the path") from error

@@ -21,6 +21,7 @@ from distillm_cli.models.composite import is_composite
 from distillm_cli.models.model_paths import cached_hub_file
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.report import model_title
+from distillm_cli.training.distributed import in_first_process
 from distillm_cli.utils.storage import storing
 from distillm_cli.utils.text import redact
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from distillm_cli.training.state import TrainerState
 
 
+@in_first_process
 def publish_model(
     run: Prepared,
     output: Path,

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distillm_cli.errors import START_OVER, CheckpointError, UsageError
+from distillm_cli.training.distributed import in_first_process
 from distillm_cli.utils.storage import atomic_write, locked, storing
 
 Line = dict[str, Any]
@@ -46,6 +47,7 @@ class ResponseFile:
         self.record = path.with_name(f".{path.name}.generate.json")
         self._lock = ExitStack()  # holds the file's lock
 
+    @in_first_process
     def _check_free(self) -> None:
         if self.path.exists() and not (self.resume or self.overwrite):
             hint = "choose another, or use --resume to continue or --overwrite to start over"
@@ -58,6 +60,11 @@ class ResponseFile:
         CheckpointError if the file has other settings or was changed, StorageError if it cannot be written,
         UsageError if another process is writing it.
         """
+        self.count = self._begin(settings, expected)
+
+    @in_first_process
+    def _begin(self, settings: Mapping[str, Any], expected: SequenceOf[Mapping[str, Any]]) -> int:
+        """Prepare the file in the first process; return the number of its rows."""
         is_new = not self.path.exists()
         with _writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +74,7 @@ class ResponseFile:
             self._check_free()  # checked again: another run may have written it while the model was loaded
         if self.resume and not is_new:
             self._compare(settings)
-            self.count = self._verify(expected)
-            return
+            return self._verify(expected)
         with _writing(self.path):
             try:
                 os.truncate(self.path, 0)
@@ -77,6 +83,7 @@ class ResponseFile:
                 if is_new:
                     self.path.unlink()
                 raise
+        return 0
 
     def close(self) -> None:
         """Release the lock."""
@@ -89,11 +96,15 @@ class ResponseFile:
 
     def add(self, lines: SequenceOf[Line]) -> None:
         """Append rows; they are on the disk when this returns."""
+        self._append(lines)
+        self.count += len(lines)
+
+    @in_first_process
+    def _append(self, lines: SequenceOf[Line]) -> None:
         with _writing(self.path), self.path.open("ab") as file:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
-        self.count += len(lines)
 
     def _compare(self, settings: Mapping[str, Any]) -> None:
         hint = f"resume with the settings it was started with, or {START_OVER}"

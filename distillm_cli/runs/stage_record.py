@@ -29,6 +29,7 @@ from distillm_cli.data.tables import saved_splits
 from distillm_cli.errors import CheckpointError, DataError, UsageError
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.inputs import local_input, names_rows
+from distillm_cli.training.distributed import in_first_process, world
 from distillm_cli.utils.storage import atomic_write, locked, storing
 
 RECORD = "stage.json"
@@ -64,6 +65,7 @@ class StageRecord:
     format: int = RECORD_FORMAT
 
 
+@in_first_process
 def read_record(place: Path) -> StageRecord | None:
     """Return the record in a stage's directory; None without one.
 
@@ -95,6 +97,7 @@ def read_record(place: Path) -> StageRecord | None:
         raise CheckpointError("checkpoint.damaged", f"{path} cannot be read ({error})", hint=hint) from error
 
 
+@in_first_process
 def write_record(place: Path, record: StageRecord) -> None:
     """Write the record atomically. Raises StorageError."""
     with storing(f"cannot write to {place}", "choose another --output"):
@@ -146,6 +149,7 @@ def main_files(stage: Stage, place: Path) -> dict[str, str]:
     return {path.relative_to(place).as_posix(): _identity(path) for path in paths}
 
 
+@in_first_process
 def is_intact(record: StageRecord, place: Path) -> bool:
     """Return whether a finished stage's main files exist unchanged."""
     return bool(record.files) and all(_is_unchanged(known, place / name) for name, known in record.files.items())
@@ -158,6 +162,7 @@ def _is_unchanged(known: str | int, path: Path) -> bool:
     return path.stat().st_size == known if isinstance(known, int) else _identity(path) == known
 
 
+@in_first_process
 def fingerprint_inputs(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:
     """Return everything that a stage's result depends on. made: version names of the other stages, by stage name."""
     recipe = stage.resolved.recipe
@@ -198,6 +203,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return changes
 
 
+@in_first_process
 def check_data_files(stage: Stage) -> None:
     """Raise DataError for a missing data file, before any earlier stage runs."""
     for key, text in inputs(stage.config, stage.resolved.recipe):
@@ -243,12 +249,18 @@ def _identity(path: Path) -> str:
 
 @contextmanager
 def lock_pipeline(output: Path) -> Iterator[None]:
-    """Lock the directory against other pipelines. Raises UsageError if one is running in it, StorageError."""
+    """Lock the directory against other pipelines, in the first process.
+
+    Raises UsageError if one is running in it, StorageError.
+    """
 
     def busy() -> None:
         what = f"another `distillm run` is active in {output}"
         raise UsageError("usage.output_in_use", what, hint="wait for it, or choose another --output")
 
+    if not world().is_first:
+        yield
+        return
     if output.is_file():
         raise UsageError("usage.output_exists", f"--output {output} is a file", hint="choose a directory")
     with storing(f"cannot write to {output}", "choose another --output"):

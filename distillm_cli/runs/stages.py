@@ -23,7 +23,7 @@ from distillm_cli.runs.resume import as_checkpoint_error, find_checkpoint
 from distillm_cli.runs.start import TrainOptions
 from distillm_cli.training.checkpoint import Checkpoint
 from distillm_cli.training.events import Event, Listener, Note
-from distillm_cli.training.metrics_log import MetricsLog
+from distillm_cli.training.metrics_log import new_metrics_log
 from distillm_cli.training.trainer import Trainer
 
 
@@ -155,7 +155,6 @@ def run_prior_stages(
                 listener(Note(f"{stage.done}: {place}"))
             else:
                 listener(Note(f"{stage.title(resolved)}, in {place}"))
-                place.mkdir(parents=True, exist_ok=True)
                 output_dir.write_recipe(place, to_yaml(recipe))
                 torch.manual_seed(seed)
                 stage.train(job)
@@ -181,12 +180,7 @@ def start_trainer(
         hint = f"use it as a model, or {START_OVER}"
         raise CheckpointError("checkpoint.weights_only", what, where=str(checkpoint.path), hint=hint)
     progress = {"step": 0} if checkpoint is None else checkpoint.state["progress"]
-    log = MetricsLog(
-        output / output_dir.METRICS,
-        log_steps=config.log_steps,
-        first_step=progress["step"],
-        validated=progress.get("valid_loss") is not None,
-    )
+    log = new_metrics_log(output / output_dir.METRICS, config, progress)
 
     def log_and_report(event: Event) -> None:
         log(event)

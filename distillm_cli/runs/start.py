@@ -61,6 +61,7 @@ def start_training(
                 raise embeddings_error(flag)
     # Checked before rows are read, which takes longer.
     is_new = output_dir.check_output(output, resume=options.resume, overwrite=options.overwrite)
+    output_dir.check_shared(output)
     if options.overwrite:
         from distillm_cli.runs.inputs import check_overwrite
 

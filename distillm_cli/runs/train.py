@@ -61,6 +61,7 @@ from distillm_cli.runs.stages import (
 )
 from distillm_cli.runs.start import TrainOptions
 from distillm_cli.training.checkpoint import Checkpoint, read_checkpoint, visible
+from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.training.state import TrainerState
 from distillm_cli.training.trainer import Trainer
@@ -153,6 +154,8 @@ def train(
     try:
         checkpoints = read_checkpoints(resolved, stages, output, options)
         run = prepare(resolved.recipe, listener, prefetcher)
+        if world().size > 1:
+            world().check_same(run.inputs)
         resolved = with_resolved_values(resolved, run.resolved_values)
         _check_resumable(run, checkpoints, listener)
         check_can_generate(run)
@@ -383,5 +386,5 @@ def _result(
         report={name.replace(" ", "_"): {"valid_loss": m.valid_loss} | m.scores for name, m in models.items()},
         summary=summary,
         teacher_cache=None if teacher is None else teacher.facts(),
-        teacher_tokens=None if teacher is None else teacher.teacher.tokens,
+        teacher_tokens=None if teacher is None else teacher.teacher.total_tokens(),
     )

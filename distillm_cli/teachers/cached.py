@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from distillm_cli.losses.fused import HeadLike
 from distillm_cli.teachers.local import LanguageModel, LocalTeacher
+from distillm_cli.teachers.shared_memory import shared_parts, shared_table
+from distillm_cli.training.distributed import world
 from distillm_cli.types import MIN_PASS_OVERHEAD, Batch, Rollout, Sequence, collate, length_groups, moved
 
 
@@ -73,7 +76,7 @@ class CachedTeacher(LocalTeacher):
             computed = self._compute_all(missing, device)
             parts = [computed[s] if s in computed else self._computed(s) for s in sequences]
             hidden_ND = moved(torch.cat(parts), device)
-        if self.releases_model and not self.has_released_model:
+        if self.releases_model and not self.has_released_model and world().size == 1:
             self._release_when_complete(device)
         return hidden_ND
 
@@ -89,6 +92,44 @@ class CachedTeacher(LocalTeacher):
         for rollout in self._new_rollouts:
             rollout.cache_teacher_hidden(None)
         self._new_rollouts.clear()
+
+    @torch.no_grad()
+    def exchange(self, sequences: SequenceOf[Sequence], device: torch.device) -> None:
+        """Give the states computed since the last call to the other processes of this machine, and get theirs.
+
+        Each row and rollout is then computed in one process of a machine.
+        """
+        if world().size == 1:
+            return
+        self._exchange_rows()
+        if self.caches_rollouts:
+            self._exchange_rollouts(sequences)
+        if self.releases_model and not self.has_released_model:
+            self._release_together(device)
+
+    def _exchange_rows(self) -> None:
+        tables = [table for table in (self.rows, self.validation) if table is not None]
+        written = world().gather(lambda: [table.written for table in tables])
+        for rank in world().machine:
+            for table, rows in zip(tables, written[rank], strict=True):
+                table.mark_known(rows)
+        for table in tables:
+            table.written = []
+
+    def _exchange_rollouts(self, sequences: SequenceOf[Sequence]) -> None:
+        """Exchange the states of the step's rollouts, through memory that the processes of a machine share."""
+        place = {s: i for i, s in enumerate(sequences)}
+        new = [s for s in self._new_rollouts if s in place]
+        found = world().gather(lambda: [place[s] for s in new])
+        if not any(found):
+            return
+        own_ND = torch.cat([self._computed(s) for s in new]) if new else None
+        for rank, states_ND in shared_parts(own_ND).items():
+            rollouts = [cast(Rollout, sequences[i]) for i in found[rank]]
+            for rollout, part in zip(rollouts, states_ND.split([s.supervised for s in rollouts]), strict=True):
+                rollout.cache_teacher_hidden(part)
+            if rank != world().rank:
+                self._new_rollouts += rollouts
 
     def _as_row(self, sequence: Sequence) -> Sequence:
         """Return the data set row that a rollout equals, otherwise the sequence itself."""
@@ -148,15 +189,34 @@ class CachedTeacher(LocalTeacher):
 
     def _release_when_complete(self, device: torch.device) -> None:
         """Release everything but the head, once every row's states are cached."""
+        if not self._has_only_leftovers():
+            return
+        self._compute_leftovers(device)
+        self._release(device)
+
+    def _release_together(self, device: torch.device) -> None:
+        """Release everything but the head in all processes, once every machine has every row's states."""
+        dist = world()
+        if not all(dist.gather(self._has_only_leftovers)):
+            return
+        dist.gather(lambda: self._compute_leftovers(device) if dist.is_first_on_machine else None)
+        self._exchange_rows()
+        self._release(device)
+
+    def _has_only_leftovers(self) -> bool:
+        """Return whether the only rows without states are in no batch of the first epoch."""
         leftovers = [] if self.composition is None else self.composition.leftovers
-        rows = self.rows
-        if rows is None or rows.missing > len(leftovers):
-            return
-        if self.validation is not None and self.validation.missing:
-            return
-        # Rows in no batch of the first epoch, fewer than a batch, would keep the model in memory for another epoch.
-        self._compute_all(self._batches_of([s for s in leftovers if rows.read(s) is None]), device)
-        if rows.missing:
+        if self.rows is None or self.rows.missing > len(leftovers):
+            return False
+        return self.validation is None or not self.validation.missing
+
+    def _compute_leftovers(self, device: torch.device) -> None:
+        """Compute the rows in no batch of the first epoch. Fewer than a batch, they would keep the model for another one."""
+        leftovers = [] if self.composition is None else self.composition.leftovers
+        self._compute_all(self._batches_of([s for s in leftovers if self._cached(s) is None]), device)
+
+    def _release(self, device: torch.device) -> None:
+        if self.rows is None or self.rows.missing:
             return
         # On "meta" a model has no memory. The head references its own tensors, tied embeddings included.
         self._head = self.model.head()
@@ -170,7 +230,7 @@ class HiddenStateTable:
     """Hold the teacher's hidden states of a list of rows, concatenated: [tokens of all responses, D] on the CPU.
 
     table_ND: the states, if all exist; otherwise the table is allocated at the first ``write``. missing: number of rows
-    without states.
+    without states. written: rows whose states were set here and not exchanged yet, in one of several processes.
     """
 
     def __init__(self, sequences: SequenceOf[Sequence], table_ND: Tensor | None = None):
@@ -180,6 +240,18 @@ class HiddenStateTable:
         self._spans = list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
         self._is_known = np.full(len(sequences), table_ND is not None)
         self.missing = 0 if table_ND is not None else len(sequences)
+        self.written: list[int] = []
+
+    @classmethod
+    def shared(cls, sequences: SequenceOf[Sequence], like_ND: Tensor) -> HiddenStateTable:
+        """Return an empty table, in memory that the processes of a machine share. Every process calls it.
+
+        like_ND: states of the same width and dtype.
+        """
+        table = cls(sequences)
+        if world().size > 1:
+            table.table_ND = shared_table(table._spans[-1][1], like_ND.shape[1], like_ND.dtype)
+        return table
 
     @property
     def bytes(self) -> int:
@@ -206,8 +278,15 @@ class HiddenStateTable:
         if self.table_ND is None:
             self.table_ND = torch.empty(self._spans[-1][1], states_ND.shape[1], dtype=states_ND.dtype)
         self._slice(sequence).copy_(states_ND)
-        self.missing -= not self._is_known[sequence.row]
-        self._is_known[sequence.row] = True
+        self.mark_known([sequence.row])
+        if world().size > 1:
+            self.written.append(sequence.row)
+
+    def mark_known(self, rows: SequenceOf[int]) -> None:
+        """Record that these rows have states."""
+        for row in rows:
+            self.missing -= not self._is_known[row]
+            self._is_known[row] = True
 
     def _slice(self, sequence: Sequence) -> Tensor:
         assert self.table_ND is not None
@@ -221,8 +300,8 @@ class BatchComposition:
     The first epoch then computes no other batches than its own, and a row's cached states depend only on teacher, rows and
     order: a resumed run computes them in the same batches and gets the same bits.
 
-    batches: step → rows, of the first epoch. steps: number of steps of that epoch. max_rows, pass_overhead: those of
-    ``length_groups``. leftovers: the rows in no batch of that epoch; they form one batch.
+    batches: step → rows, of the first epoch. steps: number of steps of that epoch. max_rows, pass_overhead: those of the
+    micro-batches, which are smaller in several processes. leftovers: the rows in no batch of that epoch, one batch.
     """
 
     def __init__(
@@ -249,6 +328,6 @@ class BatchComposition:
         found = []
         for step in dict.fromkeys(self._step_of_row[s.row] for s in rows):
             batch = self.leftovers if step == self._steps else self._batches(int(step))
-            groups = length_groups(batch, self._max_rows, self._pass_overhead)
+            groups = length_groups(batch, min(self._max_rows, world().rows_each(len(batch))), self._pass_overhead)
             found += [group for group in groups if not requested.isdisjoint(group)]
         return found

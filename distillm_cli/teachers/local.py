@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distillm_cli.losses.fused import HeadLike
+from distillm_cli.training.distributed import world
 from distillm_cli.types import Batch, Embedded, Sequence
 
 
@@ -82,10 +83,18 @@ class LocalTeacher:
     def roll_back(self) -> None:
         """Drop the states cached since ``begin_step``."""
 
+    def exchange(self, sequences: SequenceOf[Sequence], device: torch.device) -> None:
+        """Share cached states with the other processes. Every process calls it, with all sequences of the step."""
+
+    def total_tokens(self) -> int:
+        """Return the tokens that all processes have computed. Every process calls it."""
+        return sum(world().gather(lambda: self.tokens))
+
     def state_dict(self) -> dict[str, str | int]:
-        """Return the state for a checkpoint."""
-        return {"teacher_cache": self.mode, "teacher_tokens": self.tokens}
+        """Return the state for a checkpoint. Every process calls it."""
+        return {"teacher_cache": self.mode, "teacher_tokens": self.total_tokens()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Add the count of ``state`` to the tokens that this process has computed, such as for a cache on disk."""
-        self.tokens += state["teacher_tokens"]
+        if world().is_first:
+            self.tokens += state["teacher_tokens"]

@@ -16,8 +16,9 @@ import os
 import shutil
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from io import RawIOBase
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ from torch import Tensor
 from distillm_cli.errors import CheckpointError, StorageError
 from distillm_cli.teachers.cached import HiddenStateTable
 from distillm_cli.teachers.local import LanguageModel, LocalTeacher
+from distillm_cli.training.distributed import in_first_process, world
 from distillm_cli.training.events import Listener, Note, Progress, silent
 from distillm_cli.types import Sequence, collate
 from distillm_cli.utils.storage import atomic_directory, locked, storing, sweep
@@ -91,6 +93,7 @@ def cache_root(cache_dir: str | None) -> Path:
     return Path(os.environ.get("DISTILLM_CACHE") or Path.home() / ".cache" / "distillm").expanduser() / "teacher"
 
 
+@in_first_process
 def cached_date(root: Path, teacher: str, data: str) -> str | None:
     """Return the date in the prompts of the newest cache of a teacher and a data set; None if there is no cache.
 
@@ -137,7 +140,9 @@ def write_cache(
     size: int = 0,
     rebuild: bool = False,
 ) -> bool:
-    """Compute the states of all rows into ``directory``. Return False if another process did so while this one waited.
+    """Compute the states of all rows into ``directory``. Return False if another run did so while this one waited.
+
+    The processes of a run compute and write a share of the rows each.
 
     of: readable names of the teacher and the data. size: number of bytes needed. rebuild: replace an existing cache. Raise
     StorageError if the disk cannot be written or has less free space; an existing cache is then unchanged.
@@ -146,18 +151,27 @@ def write_cache(
     def busy() -> None:
         listener(Note(f"another run is computing the teacher's hidden states in {directory}: waiting"))
 
-    with _storing(directory):
+    def begin() -> Path | None:
+        """Lock the cache and return a directory to write to, which becomes the cache at the end; None if it exists."""
         directory.parent.mkdir(parents=True, exist_ok=True)
         # One writer at a time: the other runs of a sweep wait and then find the finished cache.
-        with locked(directory.with_name(f".{directory.name}.lock"), busy) as is_alone:
-            if directory.exists() and not rebuild:
-                return False
-            _check_nothing_else(directory)
-            if is_alone:
-                sweep(directory.parent, directory.name)
-            check_space(directory, size)  # after the sweep has freed the space of killed writers
-            with atomic_directory(directory) as staged:
-                _write_files(staged, key, teacher, sequences, device, listener, of)
+        is_alone = writing.enter_context(locked(directory.with_name(f".{directory.name}.lock"), busy))
+        if directory.exists() and not rebuild:
+            return None
+        _check_nothing_else(directory)
+        if is_alone:
+            sweep(directory.parent, directory.name)
+        check_space(directory, size)  # after the sweep has freed the space of killed writers
+        staged = writing.enter_context(atomic_directory(directory))
+        (staged / STATES).touch()
+        return staged
+
+    with _storing(directory), ExitStack() as writing:
+        staged = world().broadcast(begin)
+        if staged is None:
+            return False
+        width, dtype = _compute(staged / STATES, teacher, sequences, device, listener)
+        world().broadcast(lambda: _write_metadata(staged, key, sequences, width, dtype, of))
     return True
 
 
@@ -181,7 +195,7 @@ def read_cache(
             raise ValueError(f"{STATES} has {found:,} bytes instead of {size:,}")
         if tokens != sum(s.supervised for s in sequences):
             raise ValueError(f"{tokens:,} tokens do not match the rows")
-        if _sha256_of(directory / STATES, listener) != metadata["sha256"]:
+        if world().broadcast(partial(_sha256_of, directory / STATES, listener)) != metadata["sha256"]:
             raise ValueError(f"{STATES} differs from its SHA-256")
         table = torch.from_file(str(directory / STATES), shared=False, size=tokens * width, dtype=dtype)
     except (OSError, ValueError) as error:
@@ -219,19 +233,15 @@ def _mismatch(metadata: Mapping[str, Any], key: CacheKey) -> str | None:
     return None
 
 
-def _write_files(
+def _write_metadata(
     staged: Path,
     key: CacheKey,
-    teacher: LocalTeacher,
     sequences: SequenceOf[Sequence],
-    device: torch.device,
-    listener: Listener,
+    width: int,
+    dtype: torch.dtype,
     of: Mapping[str, str],
 ) -> None:
-    """Write states.bin and states.json with calls that report a full disk, which a memory map does not."""
-    with (staged / STATES).open("wb", buffering=0) as file:
-        width, dtype = _compute(file, teacher, sequences, device, listener)
-        os.fsync(file.fileno())
+    """Write states.json, once states.bin is complete."""
     metadata = {
         "format": CACHE_FORMAT,
         "teacher": key.teacher,
@@ -249,28 +259,45 @@ def _write_files(
 
 
 def _compute(
-    file: RawIOBase,
+    path: Path,
     teacher: LocalTeacher,
     sequences: SequenceOf[Sequence],
     device: torch.device,
     listener: Listener,
 ) -> tuple[int, torch.dtype]:
-    """Write the states of all rows to ``file``, computing the longest first in large batches; return width and dtype."""
+    """Write the states of all rows to a file, computing the longest first in large batches; return width and dtype.
+
+    Each process computes a share of the batches. A full disk is reported, which a memory map would not do.
+    """
     ends = torch.tensor([s.supervised for s in sequences]).cumsum(0).tolist()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]), reverse=True)
+    batches = []
     position = 0
-    hidden_ND: Tensor | None = None
     while position < len(order):
-        picks = order[position : position + max(1, _BATCH_TOKENS // len(sequences[order[position]]))]
-        group = [sequences[i] for i in picks]
-        hidden_ND = teacher.hidden(collate(group).to(device), group).cpu()
-        for part, i in zip(hidden_ND.split([s.supervised for s in group]), picks, strict=True):
-            offset = (ends[i] - part.shape[0]) * part.shape[1] * part.element_size()
-            _write_at(file, offset, _raw(part.contiguous()))
-        position += len(picks)
-        listener(Progress("teacher states", position, len(order), "rows"))
-    assert hidden_ND is not None
-    return hidden_ND.shape[1], hidden_ND.dtype
+        batches.append(order[position : position + max(1, _BATCH_TOKENS // len(sequences[order[position]]))])
+        position += len(batches[-1])
+    dist = world()
+
+    def write_share() -> tuple[int, torch.dtype] | None:
+        shape = None
+        done = 0
+        with path.open("r+b", buffering=0) as file:
+            for index in dist.share([len(picks) * len(sequences[picks[0]]) for picks in batches]):
+                picks = batches[index]
+                group = [sequences[i] for i in picks]
+                hidden_ND = teacher.hidden(collate(group).to(device), group).cpu()
+                for part, i in zip(hidden_ND.split([s.supervised for s in group]), picks, strict=True):
+                    offset = (ends[i] - part.shape[0]) * part.shape[1] * part.element_size()
+                    _write_at(file, offset, _raw(part.contiguous()))
+                shape = (hidden_ND.shape[1], hidden_ND.dtype)
+                done += len(picks)
+                # Its own rows show the progress of all, which work at about the same speed.
+                listener(Progress("teacher states", min(done * dist.size, len(order)), len(order), "rows"))
+            os.fsync(file.fileno())
+        return shape
+
+    shapes = [shape for shape in dist.gather(write_share) if shape is not None]
+    return shapes[0]
 
 
 def _write_at(file: RawIOBase, offset: int, data: memoryview) -> None:

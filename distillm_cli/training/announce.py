@@ -77,3 +77,13 @@ def phi_advice(trainer: Trainer) -> str | None:
     wait += f"{scheduler.reference:.3f} {since}, schedule.epsilon {epsilon:g})"
     wait += f"; {counted(remaining, 'validation')} left"
     return f"{half_done}; {wait}; to use student outputs sooner, try {_RAISE_PHI}"
+
+
+def resume_advice(before: int, now: int) -> str | None:
+    """Return a note on what a resume with another number of processes does not reproduce; None for the same number."""
+    if before == now:
+        return None
+    what = f"the checkpoint is of a run in {counted(before, 'process')}, which continues in {now}"
+    return (
+        f"{what}: the same rows, samples and schedule; rounding and dropout differ from those of an uninterrupted run"
+    )

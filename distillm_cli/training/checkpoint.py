@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distillm_cli.errors import START_OVER, CheckpointError
+from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Warned, silent
 from distillm_cli.utils import manifest
 from distillm_cli.utils.storage import atomic_directory, reason, remove, storing, sweep
@@ -185,8 +186,18 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def restore_random_states(tensors: dict[str, Tensor], device: torch.device) -> None:
-    """Restore what ``random_states`` returned."""
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random.cuda"], device)
+def all_random_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the random states of all processes, those of process N > 0 as ``random.N.cpu``."""
+    states, *others = world().gather(lambda: random_states(device))
+    for rank, found in enumerate(others, start=1):
+        states |= {name.replace("random.", f"random.{rank}.", 1): state for name, state in found.items()}
+    return states
+
+
+def restore_random_states(tensors: dict[str, Tensor], device: torch.device, rank: int = 0) -> None:
+    """Restore what ``random_states`` returned in process ``rank``. A process that did not exist keeps its own state."""
+    prefix = f"random.{rank}" if rank else "random"
+    if f"{prefix}.cpu" in tensors:
+        torch.set_rng_state(tensors[f"{prefix}.cpu"])
+    if f"{prefix}.cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors[f"{prefix}.cuda"], device)

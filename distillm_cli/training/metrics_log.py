@@ -7,8 +7,11 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from distillm_cli.training.events import Event, Stepped, Validated
+from distillm_cli.config.schema import TrainConfig
+from distillm_cli.training.distributed import world
+from distillm_cli.training.events import Event, Listener, Stepped, Validated, silent
 from distillm_cli.utils.storage import atomic_write, storing
 
 _STEP_KEYS = ("step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds")
@@ -46,6 +49,14 @@ class MetricsLog:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(descriptor)
+
+
+def new_metrics_log(path: Path, config: TrainConfig, progress: Mapping[str, Any]) -> Listener:
+    """Return the log of a run that continues from the ``progress`` of a checkpoint. Only the first process writes it."""
+    if not world().is_first:
+        return silent
+    validated = progress.get("valid_loss") is not None
+    return MetricsLog(path, log_steps=config.log_steps, first_step=progress["step"], validated=validated)
 
 
 def _lines_up_to(path: Path, step: int, validated: bool) -> list[str]:

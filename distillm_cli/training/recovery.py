@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from distillm_cli.errors import DistillmError, NonFiniteError, OutOfMemoryError, out_of_memory
+from distillm_cli.losses.extra import MicroRows
 from distillm_cli.losses.objectives import SourceBatch
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.rollouts.pool import SequencePool
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.checkpoint import random_states, restore_random_states
+from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.training.state import RunInfo
 from distillm_cli.types import LengthGroups, micro_batches
@@ -41,12 +43,20 @@ class InfiniteLoss(NonFiniteError):
 class MicroBatch:
     """Hold the sequences of one backward pass, all of one source, in groups of similar length.
 
+    cost: by which micro-batches are shared among the processes. is_own: whether this process works on it.
     teacher_hidden_ND: of all groups, if the objective needed them before the first forward pass.
     """
 
     source: Source
     groups: LengthGroups
+    cost: int = 0
+    is_own: bool = True
     teacher_hidden_ND: Tensor | None = None
+
+    @property
+    def rows(self) -> MicroRows:
+        """Return its sequences, for the extras."""
+        return MicroRows(self.source, self.groups)
 
 
 @dataclass(frozen=True)
@@ -114,7 +124,7 @@ class Recovery:
 class Attempt:
     """Enclose one attempt at a step.
 
-    On an error it rolls back. It suppresses an out-of-memory error if a retry is possible.
+    On an error, of this process or another one, it rolls back. It suppresses an out-of-memory error if a retry is possible.
     """
 
     def __init__(self, recovery: Recovery, snapshot: _Snapshot, where: str, lr: float):
@@ -126,25 +136,37 @@ class Attempt:
         self._rows = 1  # of the largest micro-batch, after the split
 
     def split(self, batches: list[SourceBatch]) -> list[MicroBatch]:
-        """Split a step's sequences into micro-batches of at most ``max_rows``."""
+        """Split a step's sequences into micro-batches of at most ``max_rows``, and share them among the processes.
+
+        Every process gets all of them, in the same order.
+        """
         recovery = self.recovery
-        self._rows = min(recovery.max_rows, max(len(batch.sequences) for batch in batches))
-        return [
-            MicroBatch(batch.source, groups)
+        overhead = recovery.run.pass_overhead
+        dist = world()
+        rows = {batch.source: min(recovery.max_rows, dist.rows_each(len(batch.sequences))) for batch in batches}
+        self._rows = max(rows.values())
+        found = [
+            MicroBatch(batch.source, groups, _cost(groups, overhead))
             for batch in batches
-            for groups in micro_batches(batch.sequences, recovery.max_rows, recovery.run.pass_overhead)
+            for groups in micro_batches(batch.sequences, rows[batch.source], overhead)
         ]
+        for micro, owner in zip(found, dist.owners([micro.cost for micro in found]), strict=True):
+            micro.is_own = owner == dist.rank
+        return found
 
     def __enter__(self) -> Attempt:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, traceback: Any) -> bool:
+    def __exit__(self, kind: type | None, own_error: BaseException | None, traceback: Any) -> bool:
+        error = world().agree(own_error)
         if error is None:
             self.succeeded = True
             return False
         is_out_of_memory = isinstance(error, RuntimeError | MemoryError) and out_of_memory(error)
         if not (is_out_of_memory or isinstance(error, NonFiniteError)):
-            return False
+            if error is own_error:
+                return False
+            raise error
         if is_out_of_memory:
             release(error)
         self.recovery.roll_back(self.snapshot)
@@ -166,6 +188,11 @@ class Attempt:
             return NonFiniteError(error.code, f"{error.what} {self.where}", hint=hint)
         hint = "continue with --resume on a machine with more memory" if is_saved else "lower --max-length"
         return OutOfMemoryError("memory.exhausted", f"out of memory {self.where}", hint=hint)
+
+
+def _cost(groups: LengthGroups, pass_overhead: int) -> int:
+    """Return the positions that passes through these groups compute, padding and overhead included."""
+    return sum(len(group) * max(map(len, group)) + pass_overhead for group in groups)
 
 
 def check_finite(loss: float, grad_norm: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -13,15 +14,15 @@ from torch import Tensor, nn
 
 from distillm_cli.config.schema import TrainConfig
 from distillm_cli.errors import Interrupted
-from distillm_cli.losses.extra import MicroRows
-from distillm_cli.losses.objectives import Objective, SourceBatch
+from distillm_cli.losses.objectives import Objective, SourceBatch, TokenLogProbs
 from distillm_cli.losses.student_loss import StudentLoss, concatenate
 from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
 from distillm_cli.rollouts.pool import SequencePool, freshness
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LocalTeacher
-from distillm_cli.training.announce import phi_advice, run_started
-from distillm_cli.training.checkpoint import Checkpoint, Checkpoints, random_states, restore_random_states
+from distillm_cli.training.announce import phi_advice, resume_advice, run_started
+from distillm_cli.training.checkpoint import Checkpoint, Checkpoints, all_random_states, restore_random_states
+from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note, RunEnded, Saved, Stepped, Validated, silent
 from distillm_cli.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from distillm_cli.training.recovery import MicroBatch, Recovery, check_finite
@@ -60,6 +61,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self.config = config
         self.run = run
+        self.dist = world()
         self.emit = listener
         self.state = TrainerState()
         self.saved_step: int | None = None
@@ -75,6 +77,8 @@ class Trainer:
             listener=listener,
         )
         student_loss.emit = listener
+        if not self.dist.is_first:  # each process has its own dropout, the first one that of a single process
+            torch.manual_seed(torch.initial_seed() + self.dist.rank)
 
     @property
     def objective(self) -> Objective:
@@ -99,10 +103,11 @@ class Trainer:
                 if (advice := phi_advice(self)) is not None:
                     self.emit(Note(advice))
                 self._stop_when_stale()
-                if self._is_due(self.config.save_steps) or stop.signal or self.state.reason != "done":
+                signal = max(self.dist.gather(lambda: stop.signal or 0))  # one process's stops all
+                if self._is_due(self.config.save_steps) or signal or self.state.reason != "done":
                     self.save()
-                if stop.signal and self.state.step < self.run.steps:
-                    self._raise_interrupted(stop.signal)
+                if signal and self.state.step < self.run.steps:
+                    self._raise_interrupted(signal)
         self.emit(RunEnded(self.state.step, self.state.reason, self.state.seconds))
         return self.state
 
@@ -119,12 +124,12 @@ class Trainer:
                 sequences = [s for batch in drawn for s in batch.sequences]
                 micro_batches = attempt.split(drawn)
                 token_weights = self._begin_step(micro_batches, progress)
-                drawn_by_extras = self.student_loss.begin_step(
-                    [MicroRows(m.source, m.groups) for m in micro_batches], step
-                )
+                drawn_by_extras = self.student_loss.begin_step([micro.rows for micro in micro_batches], step)
                 count = self.objective.count(sequences)
                 total = torch.zeros((), device=self.run.device)
                 for micro, per_token, extra in zip(micro_batches, token_weights, drawn_by_extras, strict=True):
+                    if not micro.is_own:
+                        continue
                     weights = self.objective.weights(micro.source, progress)
                     batches = self._collate(micro)
                     hidden_ND = micro.teacher_hidden_ND
@@ -133,6 +138,8 @@ class Trainer:
                     total += self._forward_backward(
                         batches, hidden_ND, weights, per_token, 1 / count, micro.source, extra
                     )
+                if self.teacher is not None:
+                    self.teacher.exchange(sequences, self.run.device)
                 loss, grad_norm = self._clip(total)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
@@ -180,19 +187,28 @@ class Trainer:
         Log-probabilities are computed first if the objective needs them; the teacher's states are reused in the step.
         """
         source_batches = [SourceBatch(micro.source, list(chain.from_iterable(micro.groups))) for micro in micro_batches]
+        log_probs = []
+        if self.objective.needs_log_probs_of:
+            log_probs = self.dist.map(self._log_probs, micro_batches, [micro.cost for micro in micro_batches])
+        per_token = self.objective.begin_step(source_batches, log_probs, progress)
+        if self.scheduler.config.weights_replay:
+            for i, micro in enumerate(micro_batches):
+                if micro.is_own and micro.source is Source.REPLAY:
+                    per_token[i] = self._with_freshness(per_token[i], micro)
+        return [None if weights is None else weights.to(self.run.device) for weights in per_token]
+
+    def _log_probs(self, micro_batches: list[MicroBatch]) -> list[TokenLogProbs]:
+        """Return the log-probabilities that the objective needs, for these micro-batches."""
         models = self.objective.needs_log_probs_of
         log_probs = []
-        for micro in micro_batches if models else ():
+        for micro in micro_batches:
             batches = self._collate(micro)
             if "teacher" in models:
                 micro.teacher_hidden_ND = self._teacher_hidden(micro, batches)
             with self.run.autocast():
-                log_probs.append(self.student_loss.log_probs(batches, micro.teacher_hidden_ND, models))
-        per_token = self.objective.begin_step(source_batches, log_probs, progress)
-        if self.scheduler.config.weights_replay:
-            pairs = zip(micro_batches, per_token, strict=True)
-            per_token = [self._with_freshness(w, micro) if micro.source is Source.REPLAY else w for micro, w in pairs]
-        return [None if weights is None else weights.to(self.run.device) for weights in per_token]
+                found = self.student_loss.log_probs(batches, micro.teacher_hidden_ND, models)
+            log_probs.append(found if self.dist.size == 1 else found.cpu())  # for the other processes
+        return log_probs
 
     def _with_freshness(self, weights: TokenWeights | None, micro: MicroBatch) -> TokenWeights:
         """Return the weights of a micro-batch of replayed outputs, with those of ``schedule.freshness``."""
@@ -222,11 +238,15 @@ class Trainer:
         return loss.detach()
 
     def _clip(self, total: Tensor) -> tuple[float, float]:
-        """Clip the gradients; return the step's loss and the norm of the student's gradient before. Raises NonFiniteError.
+        """Sum gradients and loss over all processes, and clip; return the loss and the norm of the student's gradient.
+
+        The norm is that before clipping. Raises NonFiniteError.
 
         The norm of the teacher's side, if it is trained, is another one, so that neither side limits the other.
         """
         parts = self.student_loss.trained_parts()
+        self.dist.sum_gradients(chain.from_iterable(parts))
+        self.dist.sum(total)
         norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
         loss, *sizes = torch.stack((total, *norms)).tolist()  # the only synchronization with the device in a step
         for size in sizes:
@@ -312,11 +332,13 @@ class Trainer:
             "objective": self.objective.state_dict(),
             "pool": pool,
             **({} if self.teacher is None else self.teacher.state_dict()),
+            **({} if self.dist.size == 1 else {"processes": self.dist.size}),
             **self.run.identity(),
         }
-        tensors = optimizer_tensors(self.optimizer) | random_states(self.run.device) | pool_tensors
+        tensors = optimizer_tensors(self.optimizer) | all_random_states(self.run.device) | pool_tensors
         tensors |= self.student_loss.extra_tensors()
-        path = self.checkpoints.write(self.state.step, state, tensors, protect=self.state.best_step)
+        write = partial(self.checkpoints.write, self.state.step, state, tensors, protect=self.state.best_step)
+        path = self.dist.broadcast(write)
         self.saved_step = self.state.step
         self.emit(Saved(self.state.step, str(path)))
 
@@ -333,4 +355,6 @@ class Trainer:
         if self.teacher is not None:
             self.teacher.load_state_dict(state)
         load_optimizer_tensors(self.optimizer, tensors)
-        restore_random_states(tensors, self.run.device)
+        restore_random_states(tensors, self.run.device, self.dist.rank)
+        if (note := resume_advice(state.get("processes", 1), self.dist.size)) is not None:
+            self.emit(Note(note))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 
@@ -12,9 +13,10 @@ from distillm_cli.config.fields import is_lower_better
 from distillm_cli.config.schedule import HELD_OUT_LOSS, OUTPUT_LOSS
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.losses.weights import CROSS_ENTROPY, LossWeights
-from distillm_cli.rollouts.sampler import Sampler
+from distillm_cli.rollouts.sampler import Sampler, sample_together
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LocalTeacher
+from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.training.state import RunInfo
 from distillm_cli.types import Sequence, collate, length_groups
@@ -34,20 +36,32 @@ def mean_loss(
 ) -> float:
     """Return the mean loss over all supervised tokens, nats. The caller sets evaluation mode and ``no_grad``.
 
+    Each process computes its share of the batches, and all return the same mean.
+
     autocast: compute in the student's training precision; False computes in the model's own dtype.
     """
-    total = torch.zeros((), dtype=torch.float64)
-    tokens = torch.zeros((), dtype=torch.int64)
-    for sequences in batches:
-        batch = collate(sequences).to(run.device)
-        teacher_hidden_ND = None
-        if teacher is not None and weights.kd:
-            teacher_hidden_ND = teacher.hidden(batch, sequences)
-        with run.autocast() if autocast else nullcontext():
-            part, count = student_loss([batch], teacher_hidden_ND, weights)
-        total = total + on_float64_device(part).double()
-        tokens = tokens + on_float64_device(count)
-    return (total / tokens).item()
+    dist = world()
+
+    def own_sums() -> tuple[float, int]:
+        total = torch.zeros((), dtype=torch.float64)
+        tokens = torch.zeros((), dtype=torch.int64)
+        for i in dist.share([sum(map(len, sequences)) for sequences in batches]):
+            sequences = batches[i]
+            batch = collate(sequences).to(run.device)
+            teacher_hidden_ND = None
+            if teacher is not None and weights.kd:
+                teacher_hidden_ND = teacher.hidden(batch, sequences)
+            with run.autocast() if autocast else nullcontext():
+                part, count = student_loss([batch], teacher_hidden_ND, weights)
+            total = total + on_float64_device(part).double()
+            tokens = tokens + on_float64_device(count)
+        return total.item(), int(tokens.item())
+
+    sums = dist.gather(own_sums)
+    if teacher is not None:
+        teacher.exchange((), run.device)
+    mean = torch.tensor(sum(total for total, _ in sums), dtype=torch.float64) / sum(tokens for _, tokens in sums)
+    return mean.item()
 
 
 class ScheduleProbe:
@@ -85,7 +99,7 @@ class ScheduleProbe:
             measured[HELD_OUT_LOSS] = self._mean(student_loss, self.rows, weights)
         if self.sampler is not None:
             with self.sampling():
-                outputs = self.sampler.sample(self.rows, step)
+                outputs = sample_together(self.sampler, self.rows, step)
             weights = student_loss.criterion.weights(Source.ROLLOUT, progress)
             measured[OUTPUT_LOSS] = self._mean(student_loss, outputs, weights)
         return measured
@@ -142,7 +156,7 @@ class Validator:
             if self.select == "valid_divergence":
                 scores["valid_divergence"] = self.mean(student_loss.criterion.held_out, student_loss)
             for extra in student_loss.extras.values():
-                scores |= extra.measure(self.batches, self.run)
+                scores |= world().gather(partial(extra.measure, self.batches, self.run))[0]  # the same in all processes
             if self.probe is not None and step > 0:  # the schedule compares with steps taken
                 scores |= self.probe.measure(student_loss, step)
         return valid_loss, scores

@@ -394,11 +394,11 @@ def test_cublas_allocation_failure_is_out_of_memory(failing):
     ],
     ids=lambda argv: argv[0],
 )
-def test_launcher_with_several_processes_is_an_error(argv, run, monkeypatch, tmp_path):
-    """Check the error under a launcher, where each process would do all of the work and write to one directory."""
+def test_deepspeed_launcher_is_an_error(argv, run, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.chdir(tmp_path)
-    assert_error_line(run(*argv, "--debug"), "usage.several_processes")
+    assert_error_line(run(*argv, "--debug"), "usage.deepspeed", "accelerate config")
     assert not list(tmp_path.iterdir())
 
 

@@ -26,6 +26,7 @@ SHARED = {
     "config.fields",
     "config.schedule",
     "config.student_spec",
+    "training.distributed",
     "training.events",
 }
 TRAINING_PACKAGES = {"losses", "rollouts", "teachers", "training"}
