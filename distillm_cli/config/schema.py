@@ -431,6 +431,11 @@ class TrainConfig(Section):
     threads: Positive | None = Field(
         None, description="Number of CPU threads, at most one per core. Unset: torch's default."
     )
+    shard: Literal["auto", "none", "full"] = Field(
+        "auto",
+        description="Distribution of the student's weights, gradients and optimizer over the processes of a run "
+        "(docs/scale.md). full: each has a part. none: each has all. auto: full if accelerate is configured to use FSDP.",
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="Recompute activations in the backward pass, which saves memory and costs one more forward pass.",

@@ -22,6 +22,7 @@ from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LanguageModel
 from distillm_cli.training.events import Listener, Note, silent
+from distillm_cli.training.sharding import NOT_SHARDED, Sharding
 from distillm_cli.types import Batch
 
 
@@ -50,7 +51,8 @@ class StudentLoss(nn.Module):
         self.router_aux = router_aux
         self.emit: Listener = silent
         self.chunk: int | None = None  # tokens per chunk of the loss; None until memory runs out
-        self.kernel: Kernel | None = None  # see ``kernels.choose``
+        self.kernel: Kernel | None = None  # see ``kernels.choose_kernel``
+        self.sharding: Sharding = NOT_SHARDED  # of the student
         # A function, so that a teacher head that is a Module does not become a submodule that is trained and saved.
         self._teacher_head = lambda: teacher_head
         self.extras: Mapping[str, Extra] = nn.ModuleDict(extras or {})  # type: ignore[assignment]  # it has Modules

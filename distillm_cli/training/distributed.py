@@ -83,6 +83,10 @@ class World:
             work[owners[i]] += costs[i]
         return owners
 
+    def idle_turns(self, things: int) -> int:
+        """Return how many turns this process has none of ``things``, dealt in turn, while another process has one."""
+        return -(-things // self.size) - len(range(self.rank, things, self.size))
+
     def rows_each(self, rows: int) -> int:
         """Return the largest number of rows of a process if all have about as many."""
         return max(1, -(-rows // self.size))
@@ -127,17 +131,22 @@ class World:
                     raise PeerProcessError("process.different", what, where=where, hint=hint)
 
     def map(
-        self, make: Callable[[list[_T]], SequenceOf[_S]], things: SequenceOf[_T], costs: SequenceOf[float]
+        self,
+        make: Callable[[list[_T]], SequenceOf[_S]],
+        things: SequenceOf[_T],
+        costs: SequenceOf[float],
+        *,
+        always: bool = False,
     ) -> list[_S]:
         """Return the results of ``make`` for all things, in order. Each process calls it with its share of them, if any.
 
-        make: returns one result for each thing.
+        make: returns one result for each thing. always: call it without things too.
         """
         if self.size == 1:
             return list(make(list(things)))
         owners = self.owners(costs)
         own = [thing for thing, rank in zip(things, owners, strict=True) if rank == self.rank]
-        parts = [iter(part) for part in self.gather(lambda: list(make(own)) if own else [])]
+        parts = [iter(part) for part in self.gather(lambda: list(make(own)) if own or always else [])]
         return [next(parts[rank]) for rank in owners]
 
     def agree(self, error: BaseException | None) -> BaseException | None:
@@ -349,6 +358,15 @@ def is_exchanged(error: BaseException) -> bool:
 def _marked(error: BaseException) -> BaseException:
     setattr(error, _EXCHANGED, True)
     return error
+
+
+def lost_or_own(error: BaseException) -> BaseException:
+    """Return an error that ends this process alone, without an exchange: the others wait for it in a pass, or have ended."""
+    import torch
+
+    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        error = _peer_error(error)
+    return _marked(error)
 
 
 def _portable(error: BaseException) -> BaseException:

@@ -11,6 +11,7 @@ from torch import nn
 
 from distillm_cli.config.schema import TrainConfig, chosen
 from distillm_cli.losses.extra import Extra
+from distillm_cli.training.sharding import gathered, like
 
 
 def build_optimizer(module: nn.Module, train: TrainConfig, extras: Iterable[Extra] = ()) -> torch.optim.AdamW:
@@ -46,9 +47,12 @@ def learning_rate(train: TrainConfig, step: int, steps: int) -> float:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return the optimizer's state as named tensors: ``optimizer.PARAMETER_INDEX.KEY``."""
+    """Return the optimizer's state as named tensors: ``optimizer.PARAMETER_INDEX.KEY``.
+
+    State that is distributed over the processes is whole in the first one, and empty in the others.
+    """
     state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
+    return {f"optimizer.{i}.{key}": gathered(value) for i, values in state.items() for key, value in values.items()}
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
@@ -65,4 +69,5 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
                 shape = list(value.shape)
                 expected = list(parameters[index].shape)
                 raise ValueError(f"optimizer.{index}.{key} has shape {shape}, but its parameter has {expected}")
+            values[key] = like(value, parameters[index])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -28,7 +28,7 @@ from distillm_cli.rollouts.pool import SequencePool
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.checkpoint import random_states, restore_random_states
-from distillm_cli.training.distributed import world
+from distillm_cli.training.distributed import is_exchanged, lost_or_own, world
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.training.state import RunInfo
 from distillm_cli.types import LengthGroups, micro_batches
@@ -134,6 +134,7 @@ class Attempt:
         self.lr = lr
         self.succeeded = False
         self._rows = 1  # of the largest micro-batch, after the split
+        self._is_sharded = recovery.student_loss.sharding.is_on
 
     def split(self, batches: list[SourceBatch]) -> list[MicroBatch]:
         """Split a step's sequences into micro-batches of at most ``max_rows``, and share them among the processes.
@@ -150,6 +151,8 @@ class Attempt:
             for batch in batches
             for groups in micro_batches(batch.sequences, rows[batch.source], overhead)
         ]
+        if self._is_sharded:  # all processes make each pass together, so passes cost the same
+            found = [MicroBatch(micro.source, [group], cost=1) for micro in found for group in micro.groups]
         for micro, owner in zip(found, dist.owners([micro.cost for micro in found]), strict=True):
             micro.is_own = owner == dist.rank
         return found
@@ -158,6 +161,8 @@ class Attempt:
         return self
 
     def __exit__(self, kind: type | None, own_error: BaseException | None, traceback: Any) -> bool:
+        if self._is_sharded and own_error is not None and not is_exchanged(own_error):
+            raise self._alone(own_error) from own_error
         error = world().agree(own_error)
         if error is None:
             self.succeeded = True
@@ -181,6 +186,13 @@ class Attempt:
             return True
         is_saved = self.recovery.save()
         raise self._explained(error, is_saved) from error
+
+    def _alone(self, error: BaseException) -> BaseException:
+        """Return the error of a process with a sharded student. It cannot be exchanged: the others wait in a pass."""
+        if out_of_memory(error) if isinstance(error, RuntimeError | MemoryError) else False:
+            hint = "continue with --resume and a smaller --batch-size, or in more processes"
+            error = OutOfMemoryError("memory.exhausted", f"out of memory {self.where}", hint=hint)
+        return lost_or_own(error)
 
     def _explained(self, error: BaseException, is_saved: bool) -> DistillmError:
         if isinstance(error, NonFiniteError):
