@@ -406,7 +406,11 @@ def train_recipe(
 
 
 def plan_recipe(
-    recipe: str | Path | Resolved | None, flags: Mapping[str, Flag], sets: Sequence[str], listener: Listener
+    recipe: str | Path | Resolved | None,
+    flags: Mapping[str, Flag],
+    sets: Sequence[str],
+    listener: Listener,
+    processes: int = 1,
 ) -> PlanResult | PipelinePlan:
     """Plan a recipe, or every stage of a pipeline."""
     from distillm_cli.config.load import resolve
@@ -423,7 +427,7 @@ def plan_recipe(
         pipeline = fitted_pipeline(load_pipeline(recipe, sets))
         from distillm_cli.runs.plan_stages import plan_pipeline
 
-        return plan_pipeline(pipeline, listener)
+        return plan_pipeline(pipeline, listener, processes)
     resolved = fitted(resolve(command="plan", recipe=recipe, flags=flags, sets=sets))
     check_complete(resolved.recipe)
     if resolved.origin["data.source"] == "default":
@@ -433,7 +437,7 @@ def plan_recipe(
         listener(Note(line))
     from distillm_cli.runs.plan import plan_run
 
-    return plan_run(resolved, listener)
+    return plan_run(resolved, listener, processes)
 
 
 def generation_flags(flags: Mapping[str, Flag], *, greedy: bool) -> dict[str, Flag]:
@@ -540,6 +544,7 @@ def sft(
 def plan(
     *,
     recipe: str | Path | Resolved | None = None,
+    processes: int = 1,
     display: bool = False,
     listener: Listener | None = None,
     stages: Mapping[str, Fields] | None = None,
@@ -548,12 +553,13 @@ def plan(
 ) -> PlanResult | PipelinePlan:
     """Estimate what a run needs, as ``distillm plan`` does; nothing is trained. ``method="sft"`` plans a fine-tuning.
 
-    stages, defaults: override those of a recipe of stages. Objects are saved in a temporary directory.
+    processes: of the run, each with a GPU of its own. stages, defaults: override those of a recipe of stages. Objects are
+    saved in a temporary directory.
     """
     with _in_directory() as directory, _reporting(display, listener) as (listen, ui):
         given = _Given("plan", directory)
         given.add_all(fields)
-        result = plan_recipe(recipe, given.flags, [*given.sets, *_pipeline_sets(stages, defaults)], listen)
+        result = plan_recipe(recipe, given.flags, [*given.sets, *_pipeline_sets(stages, defaults)], listen, processes)
         if ui is not None:
             from distillm_cli.ui.plan_tables import tables_of
 

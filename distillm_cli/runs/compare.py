@@ -16,6 +16,7 @@ from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.run_results import Baseline, Outcome, TrainResult, TrainSummary
 from distillm_cli.runs.start import TrainOptions, start_training
+from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note
 from distillm_cli.utils.text import format_duration
 
@@ -25,7 +26,7 @@ def compare(resolved: Resolved, result: TrainResult, listener: Listener, options
 
     resolved: the recipe of the run. options: of the run; a resume continues the baselines too.
     """
-    steps = equal_steps(result)
+    steps = world().broadcast(lambda: equal_steps(result))  # by the clock
     baselines = []
     stage = result.output / output_dir.SFT
     stage_steps = (

@@ -67,7 +67,7 @@ class Workload:
     itemsize: bytes of the compute dtype. teacher_itemsize: of the teacher's weights. cached_bytes: the teacher's hidden
     states in memory, by part. caches_rows: the teacher computes each row once. caches_samples: its states of sampled
     sequences are cached too. stages: those before the distillation, by name. labelling: work for each step of one epoch,
-    before the first step.
+    before the first step. processes: among which each step is shared; memory and work are those of one of them.
     """
 
     recipe: Recipe
@@ -83,14 +83,20 @@ class Workload:
     caches_samples: bool = True
     stages: Mapping[str, Workload] = field(default_factory=dict)
     labelling: Work = ()
+    processes: int = 1
 
     @property
     def micro_batch(self) -> int:
         """Return the number of sequences of a micro-batch."""
-        return min(self.recipe.train.batch_size, self.lengths.rows or self.recipe.train.batch_size)
+        return min(self.recipe.train.batch_size, self.sequences)
 
     @property
     def sequences(self) -> int:
+        """Return the largest number of sequences of a process in an optimizer step."""
+        return -(-self.step_sequences // self.processes)
+
+    @property
+    def step_sequences(self) -> int:
         """Return the number of sequences of an optimizer step."""
         train = self.recipe.train
         return min(train.batch_size * train.accumulate, self.lengths.rows or train.batch_size * train.accumulate)
@@ -511,13 +517,13 @@ def source_shares(run: Workload, steps: int, phi: float | None = None) -> dict[s
     )  # the shares hardly depend on the number of steps, except for filling the replay buffer
     scheduler = build_scheduler(config, steps=drawn_steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
     buffered = 0.0
-    batch = run.sequences * steps / drawn_steps
+    batch = run.step_sequences * steps / drawn_steps
     counts: Counter[str] = Counter()
     for step in range(drawn_steps):
         source = scheduler.draw(step, int(buffered))
         counts[source.value] += 1
         if source is Source.ROLLOUT:
-            buffered = min(scheduler.capacity(run.sequences), buffered + batch)
+            buffered = min(scheduler.capacity(run.step_sequences), buffered + batch)
     return {source: n / drawn_steps for source, n in counts.items()}
 
 
@@ -573,3 +579,10 @@ def _run_seconds(run: Workload, step_s: Mapping[str, float], steps: int, phi: fl
         first = min(count, epoch)
         total += first * step_s[source] + (count - first) * cached_s
     return total
+
+
+def network_bytes(run: Workload) -> int:
+    """Return the bytes that each process sends, and receives, to sum the gradients of a step: a ring, in float32."""
+    trained = [run.student] if run.teacher is None else [run.student, run.teacher]
+    gradients = 4 * sum(model.parameters["trainable"] for model in trained)
+    return round(2 * (run.processes - 1) / run.processes * gradients)

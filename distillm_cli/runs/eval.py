@@ -184,6 +184,7 @@ def _score_pairs(job: _Job, suites: list[Suite], resume: bool, listener: Listene
     listener(Note(f"embeddings: {encoder.pooling} pooling, at most {encoder.max_length:,} tokens"))
     for suite in suites:
         about["rows_sha256"] = suite.digest()
+        world().check_same(about)
         limit = job.recipe.eval.limit
         saved = load_pairs(suite, job.output, about, limit) if resume else None
         if saved is not None:
@@ -220,6 +221,7 @@ def _score_responses(job: _Job, suites: list[Suite], resume: bool, listener: Lis
     about = _about(job, backbone.model)
     for suite in suites:
         about["rows_sha256"] = suite.digest()
+        world().check_same(about)
         saved = load_results(suite, job.output, job.recipe.eval, encoder.template, about) if resume else None
         if saved is not None:
             listener(Note(f"{suite.name} is already scored"))

@@ -25,6 +25,7 @@ from distillm_cli.runs.inference import Settings
 from distillm_cli.runs.prompt_source import PromptSource, check_request, exact_texts, read_prompts
 from distillm_cli.runs.responses import Line, ResponseFile
 from distillm_cli.runs.run_results import Generated, GenerateResult
+from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Event, Listener, Note, Progress
 from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.text import counted
@@ -62,6 +63,8 @@ def generate_responses(
     inference.check_model(backbone, encoder, rows[0], listener)
     inference.report_template(encoder, rows, listener)
     generation = _generation(rows, source.samples, backbone, encoder, recipe, listener)
+    if world().size > 1:
+        world().check_same(generation.settings())
     try:
         if file is not None:
             file.begin(generation.settings(), generation.prompt_fields())

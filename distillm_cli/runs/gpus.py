@@ -27,6 +27,8 @@ GPUS = (
     Gpu("H100 SXM", 989.0, 67.0, 80e9, 3.35e12),
     Gpu("H200", 989.0, 67.0, 141e9, 4.8e12),
 )
+# Links between processes: bytes/s that a ring of them reaches in one direction.
+LINKS = {"NVLink": 300e9, "InfiniBand 400 Gb/s": 45e9, "PCIe 4": 22e9, "Ethernet 100 Gb/s": 11e9}
 USED_FLOPS = 0.4  # share of the peak in matrix products, in training and scoring
 USED_BANDWIDTH = 0.6  # share of the peak while decoding and in the optimizer
 # Minimum seconds for one layer and micro-batch, to launch its kernels from Python.

@@ -21,6 +21,7 @@ from distillm_cli.runs.build import new_scheduler
 from distillm_cli.runs.prepare import Prepared
 from distillm_cli.runs.stages import PriorStage, StageJob, start_trainer
 from distillm_cli.training.checkpoint import Checkpoints
+from distillm_cli.training.distributed import in_first_process
 from distillm_cli.training.events import Listener, Note
 from distillm_cli.training.state import RunInfo
 from distillm_cli.training.trainer import Trainer
@@ -122,6 +123,7 @@ def _trainer(run: Prepared, job: StageJob, masks: MaskTraining, listener: Listen
     )
 
 
+@in_first_process
 def _publish(output: Path, masks: MaskTraining) -> None:
     """Write the masks into the stage's directory: a complete file or none."""
     from distillm_cli.extras.robustkd import write_masks

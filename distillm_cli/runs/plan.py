@@ -62,20 +62,20 @@ def _is_on_disk_or_hub(path: str) -> bool:
     return isinstance(parse_student(path), SavedModel | BuiltinModel | ConfigFile)
 
 
-def plan_run(resolved: Resolved, listener: Listener) -> PlanResult:
-    """Plan one run, from its models if their weights are available, else from their configs."""
+def plan_run(resolved: Resolved, listener: Listener, processes: int = 1) -> PlanResult:
+    """Plan one run in ``processes``, from its models if their weights are available, else from their configs."""
     if resolved.recipe.disco.enabled:
         from distillm_cli.runs.embeddings import plan_embeddings
 
         return plan_embeddings(resolved, listener)
     resume_garbage_collection()
     if not weights_are_available(resolved.recipe):
-        return PlanResult(plan_from_configs(resolved, listener)[0])
+        return PlanResult(plan_from_configs(resolved, listener, processes=processes)[0])
     check_selection_metric(resolved.recipe)
     run = prepare(resolved.recipe, listener)
     check_can_generate(run)
     check_extras(run.recipe, run.pair)
-    return PlanResult(plan_prepared(run, resolved), _decoded_batch(run))
+    return PlanResult(plan_prepared(run, resolved, processes), _decoded_batch(run))
 
 
 def _decoded_batch(run: Prepared) -> tuple[DecodedSequence, ...]:
@@ -100,7 +100,7 @@ def _text(run: Prepared, ids: list[int]) -> str:
     return cast(str, run.pair.tokenizer.decode(ids))  # a list only for several sequences
 
 
-def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
+def plan_prepared(run: Prepared, resolved: Resolved, processes: int = 1) -> dict[str, Any]:
     """Return the plan of a run whose models and rows are loaded."""
     if run.recipe.okd.rank is not None:
         build_extras(run.recipe, run.pair, {})  # as in the run: an adapter in the teacher
@@ -123,6 +123,7 @@ def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
         cached_bytes=cached_bytes,
         caches_rows=cache_plan is not None and bool(cache_plan.size.rows),
         caches_samples=cache_plan is not None and cache_plan.mode != "off",
+        processes=processes,
     )
     workload = _with_stages(workload, resolved)
     dtypes = {"student": run.student.model.dtype, "teacher": None if teacher is None else teacher.dtype}
@@ -140,7 +141,11 @@ def _data_figures(run: Prepared) -> dict[str, Any]:
 
 
 def plan_from_configs(
-    resolved: Resolved, listener: Listener = silent, stage_shapes: Mapping[str, Shape] | None = None
+    resolved: Resolved,
+    listener: Listener = silent,
+    stage_shapes: Mapping[str, Shape] | None = None,
+    *,
+    processes: int = 1,
 ) -> tuple[dict[str, Any], Shape]:
     """Return the plan of a run from its models' configs, and the student's shape.
 
@@ -211,6 +216,7 @@ def plan_from_configs(
         cached_bytes=cached_bytes,
         caches_rows=cache is not None and bool(cache["bytes"]),
         caches_samples=recipe.teacher.cache != "off" and recipe.teacher_trainer is None,
+        processes=processes,
     )
     workload = _with_stages(workload, resolved)
     data: dict[str, Any] = {"source": redact(recipe.data.source), "rows": None if rows is None else len(rows)}
@@ -305,13 +311,30 @@ def _run_figures(
         "vocabulary": run.vocab,
         "steps": lengths.steps,
         "steps_per_epoch": lengths.steps_per_epoch,
-        "sequences_per_step": run.sequences * (2 if run.recipe.objective.row_weight or run.schedule.in_pairs else 1),
+        "sequences_per_step": run.step_sequences
+        * (2 if run.recipe.objective.row_weight or run.schedule.in_pairs else 1),
         "memory": memory | {"total": costs.peak_memory(memory, run.device)},
         "step_flops": _step_flops(run),
         **stages,
         **masks,
+        **_process_figures(run),
         "gpus": costs.gpu_figures(gpu_run, costs.peak_memory(gpu_parts, gpu_run.device)),
         "assumed": gpus.ASSUMED,
+    }
+
+
+def _process_figures(run: costs.Workload) -> dict[str, Any]:
+    """Return the figures of a run in several processes; the other figures are those of one of them."""
+    if run.processes == 1:
+        return {}
+    sent = costs.network_bytes(run)
+    return {
+        "processes": {
+            "number": run.processes,
+            "sequences_each": run.sequences,
+            "network_bytes": sent,
+            "network_s": {link: float(f"{sent / rate:.2g}") for link, rate in gpus.LINKS.items()},
+        }
     }
 
 

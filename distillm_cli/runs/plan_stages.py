@@ -28,8 +28,11 @@ from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.utils.text import counted
 
 
-def plan_pipeline(pipeline: Pipeline, listener: Listener) -> PipelinePlan:
-    """Plan every stage. Models of earlier stages are represented by their shapes, sampled rows by their prompts."""
+def plan_pipeline(pipeline: Pipeline, listener: Listener, processes: int = 1) -> PipelinePlan:
+    """Plan every stage, the training ones in ``processes``.
+
+    Models of earlier stages are represented by their shapes, sampled rows by their prompts.
+    """
     plans: dict[str, dict[str, Any]] = {}
     shapes: dict[str, Shape] = {}
     samples: dict[str, PlannedSamples] = {}
@@ -43,7 +46,7 @@ def plan_pipeline(pipeline: Pipeline, listener: Listener) -> PipelinePlan:
                 "recipe.invalid_stage", what, hint="plan its recipe alone: distillm plan --method disco …"
             )
         if stage.verb in ("sft", "distill"):
-            figures, shapes[PREFIX + stage.name] = plan_from_configs(resolved, silent, shapes)
+            figures, shapes[PREFIX + stage.name] = plan_from_configs(resolved, silent, shapes, processes=processes)
         elif isinstance(stage.config, GenerateStageConfig):
             data = resolved.recipe.data
             limit = stage.config.limit or data.limit

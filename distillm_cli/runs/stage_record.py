@@ -105,6 +105,7 @@ def write_record(place: Path, record: StageRecord) -> None:
         atomic_write(place / RECORD, json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n")
 
 
+@in_first_process
 def start_record(stage: Stage, of: Mapping[str, Any], before: StageRecord | None) -> StageRecord:
     """Return the record of a stage that is about to run.
 
@@ -117,6 +118,7 @@ def start_record(stage: Stage, of: Mapping[str, Any], before: StageRecord | None
     return StageRecord(stage.name, stage.verb, "starting", fingerprint, _new_version(), of)
 
 
+@in_first_process
 def finished_record(record: StageRecord, stage: Stage, place: Path, result: Mapping[str, Any]) -> StageRecord:
     """Return the record of a stage that is done.
 

@@ -14,6 +14,7 @@ from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.extras import check_extras
+from distillm_cli.models.devices import dtype_name
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
@@ -155,7 +156,7 @@ def train(
         checkpoints = read_checkpoints(resolved, stages, output, options)
         run = prepare(resolved.recipe, listener, prefetcher)
         if world().size > 1:
-            world().check_same(run.inputs)
+            world().check_same({**run.inputs, "precision": dtype_name(run.dtype), "device": run.device.type})
         resolved = with_resolved_values(resolved, run.resolved_values)
         _check_resumable(run, checkpoints, listener)
         check_can_generate(run)

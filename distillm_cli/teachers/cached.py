@@ -51,6 +51,7 @@ class CachedTeacher(LocalTeacher):
         self.has_released_model = False
         self._head: HeadLike | None = None
         self._new_rollouts: list[Rollout] = []  # cached since ``begin_step``
+        self._has_all_rows = False  # in the processes of all machines
 
     @property
     def head(self) -> HeadLike:
@@ -101,7 +102,8 @@ class CachedTeacher(LocalTeacher):
         """
         if world().size == 1:
             return
-        self._exchange_rows()
+        if not self._has_all_rows:
+            self._exchange_rows()
         if self.caches_rollouts:
             self._exchange_rollouts(sequences)
         if self.releases_model and not self.has_released_model:
@@ -109,9 +111,10 @@ class CachedTeacher(LocalTeacher):
 
     def _exchange_rows(self) -> None:
         tables = [table for table in (self.rows, self.validation) if table is not None]
-        written = world().gather(lambda: [table.written for table in tables])
+        written = world().gather(lambda: [(table.written, table.missing) for table in tables])
+        self._has_all_rows = not any(missing for of_rank in written for _, missing in of_rank)
         for rank in world().machine:
-            for table, rows in zip(tables, written[rank], strict=True):
+            for table, (rows, _) in zip(tables, written[rank], strict=True):
                 table.mark_known(rows)
         for table in tables:
             table.written = []

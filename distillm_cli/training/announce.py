@@ -83,7 +83,7 @@ def resume_advice(before: int, now: int) -> str | None:
     """Return a note on what a resume with another number of processes does not reproduce; None for the same number."""
     if before == now:
         return None
-    what = f"the checkpoint is of a run in {counted(before, 'process')}, which continues in {now}"
+    what = f"the run had {before} {'process' if before == 1 else 'processes'} and continues in {now}"
     return (
         f"{what}: the same rows, samples and schedule; rounding and dropout differ from those of an uninterrupted run"
     )

@@ -124,9 +124,9 @@ class World:
         for rank, others in enumerate(found):
             for name, value in found[0].items():
                 if others.get(name) != value:
-                    what = f"process {rank} has another {name} than process 0"
-                    sizes = [str(v) for v in (others.get(name), value)]
-                    where = f"{sizes[0]} and {sizes[1]}" if max(map(len, sizes)) < 100 else None
+                    texts = [str(v) for v in (value, others.get(name))]
+                    where = " and ".join(texts) if max(map(len, texts)) < 100 else None
+                    what = f"processes 0 and {rank} differ: {name}"
                     hint = "start every process with the same command, files and versions"
                     raise PeerProcessError("process.different", what, where=where, hint=hint)
 
@@ -171,14 +171,8 @@ class World:
         if first is not None:
             raise first
 
-    def sum(self, tensor: Tensor) -> None:
-        """Replace a small tensor by its sum over all processes, which is the same in all."""
-        if self.size > 1:
-            self.gather(tensor.element_size)  # no process fails after this
-            _all_reduce(tensor)
-
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace gradients by their sums over all processes, many small ones together.
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], loss: Tensor) -> None:
+        """Replace gradients and the loss, a scalar, by their sums over all processes. The sums are the same in all.
 
         A parameter without a gradient here has one afterwards if it has one elsewhere: the optimizer then treats it alike
         in all processes.
@@ -186,12 +180,21 @@ class World:
         if self.size == 1:
             return
         trained = list(parameters)
-        have = self.gather(lambda: bytes(p.grad is not None for p in trained))
-        summed = [p for p, anywhere in zip(trained, map(any, zip(*have, strict=True)), strict=True) if anywhere]
-        groups: list[tuple[list[Tensor], Tensor]] = []
-        self.gather(lambda: groups.extend(_gradient_groups(summed)))  # allocates memory, so it may fail
-        for gradients, buffer in groups:
-            _sum_together(gradients, buffer)
+        buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+        def prepare() -> bytes:
+            buffers.update(_new_buffers(trained))  # here, since memory may run out
+            return bytes(p.grad is not None for p in trained)
+
+        have = self.gather(prepare)
+        anywhere = [any(of_all) for of_all in zip(*have, strict=True)]
+        summed = [p for p, is_summed in zip(trained, anywhere, strict=True) if is_summed]
+        if any(of_rank != bytes(anywhere) for of_rank in have):
+            self.gather(lambda: _add_missing_gradients(summed))
+        for (dtype, device), buffer in buffers.items():
+            of_kind = [p.grad for p in summed if p.grad is not None and (p.dtype, p.device) == (dtype, device)]
+            _sum_together(of_kind, buffer)
+        _all_reduce(loss)
 
     def _exchange(self, value: Any, error: BaseException | None = None) -> list[Any]:
         """Return the values of all processes, or raise the first error of any."""
@@ -399,20 +402,26 @@ def _call_site() -> str:
 _CONTEXTLIB = contextmanager.__code__.co_filename
 
 
-def _gradient_groups(parameters: SequenceOf[torch.nn.Parameter]) -> list[tuple[list[Tensor], Tensor]]:
-    """Return the gradients of parameters by dtype and device, each with a buffer. A missing one is set to zeros."""
+def _new_buffers(parameters: SequenceOf[torch.nn.Parameter]) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+    """Return a buffer for the small gradients of parameters, for each dtype and device."""
     import torch
 
-    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    numbers: dict[tuple[torch.dtype, torch.device], int] = {}
+    for parameter in parameters:
+        kind = (parameter.dtype, parameter.device)
+        numbers[kind] = numbers.get(kind, 0) + parameter.numel()
+    return {
+        (dtype, device): torch.empty(min(_BUFFER_BYTES // dtype.itemsize, count), dtype=dtype, device=device)
+        for (dtype, device), count in numbers.items()
+    }
+
+
+def _add_missing_gradients(parameters: SequenceOf[torch.nn.Parameter]) -> None:
+    import torch
+
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        groups.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter.grad)
-    found = []
-    for (dtype, device), gradients in groups.items():
-        numbers = min(_BUFFER_BYTES // dtype.itemsize, sum(g.numel() for g in gradients))
-        found.append((gradients, torch.empty(numbers, dtype=dtype, device=device)))
-    return found
 
 
 def _sum_together(tensors: SequenceOf[Tensor], buffer: Tensor) -> None:

@@ -265,9 +265,8 @@ class Trainer:
         The norm of the teacher's side, if it is trained, is another one, so that neither side limits the other.
         """
         parts = self.student_loss.trained_parts()
-        if not self.student_loss.sharding.is_on:  # shards are summed in the backward pass
-            self.dist.sum_gradients(chain.from_iterable(parts))
-        self.dist.sum(total)
+        is_summed = self.student_loss.sharding.is_on  # gradients of shards, in the backward pass
+        self.dist.sum_gradients(() if is_summed else chain.from_iterable(parts), total)
         norms = [full_tensor(nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])) for part in parts]
         loss, *sizes = torch.stack((total, *norms)).tolist()  # the only synchronization with the device in a step
         for size in sizes:

@@ -29,14 +29,18 @@ def plan_tables(result: PlanResult) -> Iterator[RenderableType]:
     yield facts("Run", _run_facts(found))
     yield from _cache_place(found.get("teacher_cache"))
     needs = [[_part_label(name), format_bytes(size)] for name, size in found["memory"].items()]
-    yield table("Memory, estimated", ["part", "size"], needs)
+    several = found.get("processes")
+    each = " of each process" if several else ""
+    yield table(f"Memory{each}, estimated", ["part", "size"], needs)
     work = []
     for name, (title, *_) in _STAGES.items():
         if name in found:
             flops = found[name]["step_flops"]["dataset"]
             work.append([f"{title} before distillation, data set rows", _flop(flops)])
     work += [[_SOURCES[source], _flop(flops)] for source, flops in found["step_flops"].items()]
-    yield table("One step", ["trains on", "work"], work)
+    yield table(f"One step{each}", ["trains on", "work"], work)
+    if several:
+        yield facts("Processes", _process_facts(several))
     yield table("On GPUs, estimated", ["", "fits", "a step", "the run"], _gpu_rows(found["gpus"]))
     yield Text(f"Assumed: {found['assumed']}.", "dim")
     if result.batch:
@@ -123,6 +127,15 @@ def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "teacher_cache" in found:
         rows.append(("teacher cache", found["teacher_cache"]["why"]))
     return rows
+
+
+def _process_facts(several: Mapping[str, Any]) -> list[tuple[str, str]]:
+    seconds = ", ".join(f"{_span([s])} over {link}" for link, s in several["network_s"].items())
+    return [
+        ("rows of a step", f"at most {several['sequences_each']:,} in each of {several['number']:,} processes"),
+        ("gradients of a step", f"{format_bytes(several['network_bytes'])} sent by each process"),
+        ("time for that", f"{seconds}; not in the times below"),
+    ]
 
 
 def _cache_place(cache: Mapping[str, Any] | None) -> Iterator[Text]:

@@ -142,6 +142,26 @@ def test_gpt2_pair_is_planned_from_configs_alone(configs, planned):
     assert plan["gpus"]["H200"]["step_s"]["dataset"] < plan["gpus"]["A100 80GB"]["step_s"]["dataset"]
 
 
+def test_plan_for_several_processes(configs, planned):
+    llama = configs / "meta-llama"
+    run = ("--teacher", llama / "Llama-3.2-3B-Instruct", "--student", llama / "Llama-3.2-1B-Instruct",
+           "--data", "builtin", "--batch-size", 12, "--set", "train.accumulate=2")  # fmt: skip
+    alone, eight = planned(*run), planned(*run, "--processes", 8)
+    several = eight.pop("processes")
+    assert (several["number"], several["sequences_each"]) == (8, 3)
+    # A ring sends 7/8 of the float32 gradients twice: 2.16 GB for each GB of weights in bf16.
+    assert several["network_bytes"] == round(2 * 7 / 8 * 4 * 1_235_814_400)
+    assert several["network_s"]["NVLink"] == pytest.approx(0.029, abs=1e-3)
+    for same in ("steps", "sequences_per_step", "models"):
+        assert alone[same] == eight[same]
+    assert eight["memory"]["activations"] == alone["memory"]["activations"] / 4
+    assert eight["memory"]["optimizer"] == alone["memory"]["optimizer"]
+    assert eight["step_flops"]["dataset"] == pytest.approx(alone["step_flops"]["dataset"] / 8, rel=1e-3)
+    one = planned(*run, "--processes", 1)
+    assert one == alone
+    assert "processes" not in one
+
+
 def test_steps_per_epoch_without_a_tokenizer(configs, planned):
     """Check that only full batches count, 2 for 20 rows by 8, but at least one."""
     pair = ("--teacher", configs / "gpt2-xl", "--student", configs / "gpt2", "--data", "builtin", "--epochs", 3)

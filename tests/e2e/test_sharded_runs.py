@@ -66,7 +66,8 @@ def assert_same_run(one, two, tolerance=1e-5, weights=1e-4):
         for key in left.keys() - {"seconds"}:
             expected = left[key]
             if isinstance(expected, float):
-                expected = pytest.approx(expected, rel=tolerance, abs=tolerance)
+                allowed = 1e-3 if key == "grad_norm" else tolerance
+                expected = pytest.approx(expected, rel=allowed, abs=allowed)
             assert right[key] == expected, (key, left, right)
     assert_same_weights(one, two, weights)
 
@@ -185,7 +186,7 @@ if os.environ["RANK"] == "1":
 sys.exit(main(sys.argv[1:]))
 """
     (tmp_path / "one.py").write_text(script)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "one.py"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "one.py"]
     argv = [str(a) for a in distill("run", *SAVED, FULL)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*launch, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
