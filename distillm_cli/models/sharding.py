@@ -18,7 +18,7 @@ from torch import nn
 
 from distillm_cli.errors import UsageError
 from distillm_cli.models.generation.working_copy import working_copy
-from distillm_cli.training.distributed import world
+from distillm_cli.training.distributed import lone_error, world
 
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
@@ -83,7 +83,8 @@ class ShardedStudent:
         CPU, and in the first process alone; others have a copy without weights.
         """
         target = self._copy if for_saving else self._decoding_copy()
-        self._fill(target, self._to_first_process if for_saving else self._to_device)
+        with self.passes():
+            self._fill(target, self._to_first_process if for_saving else self._to_device)
         self.student.model = target
         self.student.adapter = self._copy_adapter
         try:
@@ -93,9 +94,18 @@ class ShardedStudent:
             self.student.adapter = self._adapter
             _replace(target, lambda weight: weight.to("meta"))
 
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Make passes inside the block. An error of one process ends it: the others wait for it in a pass."""
+        try:
+            yield
+        except Exception as error:
+            raise lone_error(error) from error
+
     def end(self) -> None:
         """Give the student all weights again, in every process. The shards are not used any more."""
-        self._fill(self._copy, self._to_device)
+        with self.passes():
+            self._fill(self._copy, self._to_device)
         self.student.model = self._copy
         self.student.adapter = self._copy_adapter
 

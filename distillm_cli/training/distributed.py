@@ -29,7 +29,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from distillm_cli.errors import DistillmError, PeerProcessError, UsageError
+from distillm_cli.errors import DistillmError, OutOfMemoryError, PeerProcessError, UsageError, out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 DEBUG = "DISTILLM_DEBUG_COLLECTIVES"  # set to 1: compare the call sites of every collective
 _TIMEOUT = timedelta(hours=2)  # longer than any work that one process does alone
 _BUFFER_BYTES = 64 * 2**20  # of small gradients that are summed together
-_EXCHANGED = "_distillm_exchanged"  # attribute of an error that every process has
+_EXCHANGED = "_distillm_exchanged"  # attribute of an error that every process has, or that must not be exchanged
+_LONE = "_distillm_lone"  # attribute of the latter
 
 _T = TypeVar("_T")
 _S = TypeVar("_S")
@@ -363,13 +364,24 @@ def _marked(error: BaseException) -> BaseException:
     return error
 
 
-def lost_or_own(error: BaseException) -> BaseException:
-    """Return an error that ends this process alone, without an exchange: the others wait for it in a pass, or have ended."""
+def lone_error(error: BaseException) -> BaseException:
+    """Return an error that ends this process without an exchange, since the others wait for it or have ended."""
     import torch
 
+    if is_exchanged(error):
+        return error
     if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-        error = _peer_error(error)
+        return _marked(_peer_error(error))
+    if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
+        hint = "continue with --resume and a smaller --batch-size, or in more processes"
+        error = OutOfMemoryError("memory.exhausted", f"out of memory in process {world().rank}", hint=hint)
+    setattr(error, _LONE, True)
     return _marked(error)
+
+
+def is_lone(error: BaseException) -> bool:
+    """Return whether this process alone has an error, and has to report it."""
+    return getattr(error, _LONE, False)
 
 
 def _portable(error: BaseException) -> BaseException:

@@ -28,7 +28,7 @@ from distillm_cli.rollouts.pool import SequencePool
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.checkpoint import random_states, restore_random_states
-from distillm_cli.training.distributed import is_exchanged, lost_or_own, world
+from distillm_cli.training.distributed import is_exchanged, lone_error, world
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.training.state import RunInfo
 from distillm_cli.types import LengthGroups, micro_batches
@@ -161,8 +161,10 @@ class Attempt:
         return self
 
     def __exit__(self, kind: type | None, own_error: BaseException | None, traceback: Any) -> bool:
-        if self._is_sharded and own_error is not None and not is_exchanged(own_error):
-            raise self._alone(own_error) from own_error
+        is_everywhere = own_error is None or is_exchanged(own_error) or isinstance(own_error, NonFiniteError)
+        if self._is_sharded and not is_everywhere:
+            assert own_error is not None
+            raise lone_error(own_error) from own_error  # the others wait in a pass
         error = world().agree(own_error)
         if error is None:
             self.succeeded = True
@@ -186,13 +188,6 @@ class Attempt:
             return True
         is_saved = self.recovery.save()
         raise self._explained(error, is_saved) from error
-
-    def _alone(self, error: BaseException) -> BaseException:
-        """Return the error of a process with a sharded student. It cannot be exchanged: the others wait in a pass."""
-        if out_of_memory(error) if isinstance(error, RuntimeError | MemoryError) else False:
-            hint = "continue with --resume and a smaller --batch-size, or in more processes"
-            error = OutOfMemoryError("memory.exhausted", f"out of memory {self.where}", hint=hint)
-        return lost_or_own(error)
 
     def _explained(self, error: BaseException, is_saved: bool) -> DistillmError:
         if isinstance(error, NonFiniteError):

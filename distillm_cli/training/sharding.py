@@ -27,6 +27,9 @@ class Sharding(Protocol):
         for_saving: on the CPU, in the first process alone.
         """
 
+    def passes(self) -> AbstractContextManager[None]:
+        """Make passes inside the block. An error of one process is not exchanged there, since the others wait in a pass."""
+
     def end(self) -> None:
         """Give the student all weights again, in every process, after the last step."""
 
@@ -37,6 +40,9 @@ class _NotSharded:
     is_on = False
 
     def whole(self, *, for_saving: bool = False) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def passes(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def end(self) -> None:

@@ -209,6 +209,10 @@ class Trainer:
 
     def _log_probs(self, micro_batches: list[MicroBatch], idle: list[Batch]) -> list[TokenLogProbs]:
         """Return the log-probabilities that the objective needs, for these micro-batches. idle: see ``_idle_passes``."""
+        with self.student_loss.sharding.passes():
+            return self._log_probs_of_share(micro_batches, idle)
+
+    def _log_probs_of_share(self, micro_batches: list[MicroBatch], idle: list[Batch]) -> list[TokenLogProbs]:
         models = self.objective.needs_log_probs_of
         log_probs = []
         for micro in micro_batches:

@@ -61,7 +61,11 @@ def mean_loss(
                 student_loss([collate(batches[0][:1]).to(run.device)], None, CROSS_ENTROPY)
         return total.item(), int(tokens.item())
 
-    sums = dist.gather(own_sums)
+    def together() -> tuple[float, int]:
+        with student_loss.sharding.passes():
+            return own_sums()
+
+    sums = dist.gather(together)
     if teacher is not None:
         teacher.exchange((), run.device)
     mean = torch.tensor(sum(total for total, _ in sums), dtype=torch.float64) / sum(tokens for _, tokens in sums)
