@@ -183,7 +183,7 @@ def read_cache(
     Raises CheckpointError for a cache that is damaged, incomplete, or of another teacher or other rows.
     """
     try:
-        metadata = _read_metadata(directory)
+        metadata = world().broadcast(partial(_read_metadata, directory))  # there, once the first process has renamed it
         if (owner := _mismatch(metadata, key)) is not None:
             hint = f"choose another --set teacher.cache_dir=DIR, or {REBUILD}"
             raise CheckpointError("checkpoint.changed", f"the teacher cache {directory} belongs to {owner}", hint=hint)

@@ -271,14 +271,6 @@ def test_resume_in_two_processes_gives_the_same_bits(pair, saved, tmp_path):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_process_that_is_killed(saved, tmp_path, capsys, monkeypatch):
-    with Processes(2) as pair:
-        first, _ = pair.run(saved(), directory=tmp_path, faults={1: ["signal_arrives", 3, signal.SIGKILL]})
-    assert_error((first.code, json.loads(first.out), first.err), "process.lost", "continue with --resume")
-    assert steps_saved(tmp_path)
-    run_alone([*saved(), "--resume"], tmp_path, capsys, monkeypatch)
-
-
 # --- selection, generate, eval, run
 
 
@@ -379,3 +371,11 @@ def test_pairs_without_scores_need_one_process(pair, tmp_path):
     argv = ["distill", "--method", "disco", "--teacher", "builtin", "--student", "layers:1", "--data", "pairs.jsonl",
             "--output", "run", "--set", "disco.pairs_epochs=1", "--json"]  # fmt: skip
     assert_stopped(pair.run(argv, directory=tmp_path), "usage.one_process", "disco.pairs_epochs")
+
+
+def test_process_that_is_killed(pair, saved, tmp_path, capsys, monkeypatch):
+    """Check that the other one ends with a message. It is the last test of the file, since it ends both processes."""
+    first, _ = pair.run(saved(), directory=tmp_path, faults={1: ["signal_arrives", 3, signal.SIGKILL]})
+    assert_error((first.code, json.loads(first.out), first.err), "process.lost", "continue with --resume")
+    assert steps_saved(tmp_path)
+    run_alone([*saved(), "--resume"], tmp_path, capsys, monkeypatch)
