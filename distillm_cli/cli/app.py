@@ -42,7 +42,7 @@ from distillm_cli.errors import (
     signal_number,
     typed_options,
 )
-from distillm_cli.training.distributed import is_exchanged, joined, launched_rank
+from distillm_cli.training.distributed import is_exchanged, is_lone, joined, launched_rank
 from distillm_cli.utils.signals import handle_signals, received_signal
 from distillm_cli.utils.storage import discard_stdout, is_full, os_error_number, reason
 from distillm_cli.utils.text import printable, redact
@@ -156,7 +156,10 @@ def _report_error(error: BaseException, argv: list[str]) -> int:
     if isinstance(error, UsageProblem) and type(error).__name__ == "NoArgsIsHelpError":
         return 2  # the help is already printed
     if launched_rank() and is_exchanged(error):  # the first process reports it
-        return _as_distillm_error(error, argv).exit_code
+        known = _as_distillm_error(error, argv)
+        if is_lone(error):
+            print_error(str(known))
+        return known.exit_code
     if "--debug" in typed_options(argv):
         with suppress(OSError):
             print(printable(redact("".join(traceback.format_exception(error)))), end="", file=sys.stderr)

@@ -514,6 +514,11 @@ class TrainConfig(Section):
     threads: Positive | None = Field(
         None, description="Number of CPU threads, at most one per core. Unset: torch's default."
     )
+    shard: Literal["auto", "none", "full"] = Field(
+        "auto",
+        description="Distribution of the student's weights, gradients and optimizer over the processes of a run "
+        "(docs/scale.md). full: each has a part. none: each has all. auto: full if accelerate is configured to use FSDP.",
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="Recompute activations in the backward pass, which saves memory and costs one more forward pass.",
@@ -522,6 +527,11 @@ class TrainConfig(Section):
         False,
         description="Keep the activations that are not recomputed, one state per layer, in host memory until the backward "
         "pass. Needs a GPU.",
+    )
+    loss_kernel: Literal["eager", "compiled", "triton", "auto"] = Field(
+        "eager",
+        description="Computation of the loss from the logits: operations of torch, the same compiled by torch, or a Triton "
+        "kernel. auto: the fastest at the start of the run of those that give the same losses and gradients.",
     )
     adversarial: AttackName = Field(
         "none",

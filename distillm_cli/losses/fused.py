@@ -17,7 +17,7 @@ D width of the last hidden state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,6 +39,8 @@ _VOCAB_SLICE = 4096  # entries of the vocabulary in one slice of the head's grad
 
 
 Inputs = tuple[Tensor, Tensor | None, Tensor | None]  # hidden states, head weight, head bias; or their gradients
+PartLosses = tuple[Tensor, Tensor | None]  # weighted loss per token, and its gradient in the student's product [R, V]
+Kernel = Callable[["ChunkPart"], PartLosses | None]  # None: the kernel does not support the part
 
 
 class HeadLike(Protocol):
@@ -67,6 +69,7 @@ def fused_loss(
     chunk: int | None = None,
     on_halved: Callable[[int], None] | None = None,
     scale: float = 1.0,
+    kernel: Kernel | None = None,
 ) -> Tensor:
     """Return the weighted loss summed over N tokens, nats, a scalar with a graph.
 
@@ -83,6 +86,8 @@ def fused_loss(
     fits.
 
     scale: the head's gradient is scaled when it is written, which costs less than scaling the result.
+
+    kernel: computes the losses of a part in place of ``part_losses`` (see ``kernels.py``).
     """
     teacher = None
     if weights.kd:
@@ -100,6 +105,7 @@ def fused_loss(
         on_halved=on_halved,
         with_grad=torch.is_grad_enabled(),
         scale=scale,
+        kernel=kernel,
     )
     with torch.autocast(hidden_ND.device.type, enabled=False):
         return _FusedLoss.apply(hidden_ND, head.weight_VD, head.bias_V, args)
@@ -134,9 +140,7 @@ def token_entropies(
     """
     targets_N = torch.zeros(len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
     none = LossWeights(kd=0.0, ce=0.0)
-    args = _LossArgs(
-        head, None, targets_N, NO_WEIGHTS, none, matmul_dtype, chunk, None, False, statistic=TokenDistributions.entropy
-    )
+    args = _LossArgs(head, None, targets_N, NO_WEIGHTS, none, matmul_dtype, chunk, None, False, losses=_entropies)
     with torch.autocast(hidden_ND.device.type, enabled=False):
         return _values_and_grads((hidden_ND, head.weight_VD, head.bias_V), args, (False, False, False))[0]
 
@@ -177,7 +181,7 @@ class _TeacherArgs:
 class _LossArgs:
     """Hold the arguments of a call, except the three tensors that autograd tracks.
 
-    statistic: of the student's distributions, computed instead of the loss.
+    losses: what is computed of each part; None: ``part_losses``.
     """
 
     student_head: HeadLike
@@ -190,7 +194,8 @@ class _LossArgs:
     on_halved: Callable[[int], None] | None
     with_grad: bool
     scale: float = 1.0  # factor of the gradients, not of the token losses
-    statistic: Callable[[TokenDistributions], Tensor] | None = None
+    kernel: Kernel | None = None
+    losses: Callable[[ChunkPart], PartLosses] | None = None
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -229,14 +234,14 @@ def _values_and_grads(
     """
     hidden_ND, weight_VD, bias_V = inputs
     exact = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-    student = _HeadInputs.from_head(
+    student = HeadInputs.from_head(
         hidden_ND, weight_VD, bias_V, args.student_head, args.matmul_dtype or hidden_ND.dtype
     )
     teacher = None
     if args.teacher is not None:
         head = args.teacher.head
         dtype = args.teacher.hidden_ND.dtype if head.weight_VD is None else head.weight_VD.dtype
-        teacher = _HeadInputs.from_head(args.teacher.hidden_ND, head.weight_VD, head.bias_V, head, dtype)
+        teacher = HeadInputs.from_head(args.teacher.hidden_ND, head.weight_VD, head.bias_V, head, dtype)
 
     N = hidden_ND.shape[0]
     limit = args.chunk or _chunk_size(student, teacher, exact)
@@ -273,21 +278,21 @@ def work_bytes(tokens: int, vocab: int, itemsize: int, device: str) -> int:
     return min(CHUNK_BYTES, 2 * chunk * vocab * itemsize) + 8 * max(min(part, 4 * tokens * vocab), 4 * vocab)
 
 
-def _chunk_size(student: _HeadInputs, teacher: _HeadInputs | None, exact: torch.dtype) -> int:
+def _chunk_size(student: HeadInputs, teacher: HeadInputs | None, exact: torch.dtype) -> int:
     """Return the number of tokens of a chunk: enough for fast products and one part, at most what CHUNK_BYTES allows."""
     bytes_per_token = sum(side.V * side.hidden_ND.dtype.itemsize for side in (student, teacher) if side is not None)
     enough = max(_CHUNK_TOKENS, _part_rows(student, exact))
     return min(enough, max(1, CHUNK_BYTES // bytes_per_token))
 
 
-def _part_rows(student: _HeadInputs, exact: torch.dtype) -> int:
+def _part_rows(student: HeadInputs, exact: torch.dtype) -> int:
     """Return the number of rows whose softmax and divergence are computed at once."""
     table_bytes = _TABLE_BYTES.get(student.hidden_ND.device.type, _ACCELERATOR_TABLE_BYTES)
     return max(1, table_bytes // (exact.itemsize * student.V))
 
 
 @dataclass(frozen=True)
-class _HeadInputs:
+class HeadInputs:
     """Compute one model's logits from its hidden states, in the dtype of the products. The head is cast once."""
 
     hidden_ND: Tensor
@@ -300,7 +305,7 @@ class _HeadInputs:
     @staticmethod
     def from_head(
         hidden_ND: Tensor, weight_VD: Tensor | None, bias_V: Tensor | None, head: HeadLike, dtype: torch.dtype
-    ) -> _HeadInputs:
+    ) -> HeadInputs:
         if weight_VD is not None:
             hidden_ND = hidden_ND.to(dtype)
             weight_VD = weight_VD.to(dtype)
@@ -310,7 +315,7 @@ class _HeadInputs:
             has_zeros = True
         else:
             has_zeros = bias_V is not None and bool(torch.isneginf(bias_V).any())
-        return _HeadInputs(hidden_ND, weight_VD, bias_V, head.scale, head.softcap, has_zeros)
+        return HeadInputs(hidden_ND, weight_VD, bias_V, head.scale, head.softcap, has_zeros)
 
     @property
     def V(self) -> int:
@@ -325,9 +330,6 @@ class _HeadInputs:
         if self.weight_VD is None or table_CV is None:
             return hidden_CD
         return torch.mm(hidden_CD, self.weight_VD.T, out=table_CV[: hidden_CD.shape[0]])
-
-    def rows(self, product_RV: Tensor, exact: torch.dtype) -> TokenDistributions:
-        return TokenDistributions(self.logits(product_RV, exact), has_zeros=self.has_zeros)
 
     def logits(self, product_RV: Tensor, exact: torch.dtype) -> Tensor:
         """Return the logits of a product with the head's weight, in the exact dtype, without changing the product."""
@@ -347,10 +349,66 @@ class _HeadInputs:
         return dz_RV if self.scale == 1 else dz_RV.mul_(self.scale)
 
 
+@dataclass(frozen=True, eq=False)
+class ChunkPart:
+    """Hold the inputs of the losses of R tokens.
+
+    student_RV, teacher_RV: products of hidden states and head, before bias, scale and cap; or given logits. exact: dtype of
+    softmax and divergence.
+    """
+
+    student: HeadInputs
+    student_RV: Tensor
+    teacher: HeadInputs | None
+    teacher_RV: Tensor | None
+    targets_R: Tensor
+    weights: LossWeights
+    token_weights: TokenWeights
+    exact: torch.dtype
+    needs_grad: bool
+
+
+def part_losses(part: ChunkPart, distributions: type[TokenDistributions] = TokenDistributions) -> PartLosses:
+    """Compute the losses of a part with tensor operations. Every kernel is checked against this function."""
+    weights = part.weights
+    q = distributions(part.student.logits(part.student_RV, part.exact), has_zeros=part.student.has_zeros)
+    value_R = torch.zeros_like(q.z_NV[:, 0])
+    h_RV = None
+    kd_weights_N = part.token_weights.kd_weights_N
+    kd_R = weights.kd if kd_weights_N is None else weights.kd * kd_weights_N.to(part.exact)
+    ce_R: float | Tensor = weights.ce  # one for all rows, unless there is a surrogate
+    if part.teacher is not None and part.teacher_RV is not None and weights.divergence is not None:
+        p = distributions(part.teacher.logits(part.teacher_RV, part.exact), has_zeros=part.teacher.has_zeros)
+        divergence = weights.divergence.for_tokens(part.targets_R, part.token_weights.divergence_args_N)
+        value_R, h_RV = divergence.between(p, q, part.needs_grad)
+        value_R = value_R * kd_R
+    if weights.ce:
+        value_R = value_R - ce_R * q.log_at(part.targets_R)
+    if part.token_weights.surrogate is not None:
+        surrogate_R, slope_R = part.token_weights.surrogate(q.log_at(part.targets_R))
+        value_R = value_R + surrogate_R
+        ce_R = ce_R + slope_R  # −slope · log q has the same gradient
+    weight_R = None if part.token_weights.weights_N is None else part.token_weights.weights_N.to(part.exact)
+    if weight_R is not None:
+        value_R = value_R * weight_R
+    if not part.needs_grad:
+        return value_R, None
+    dz_RV = _logit_grad(h_RV, q.prob_NV, part.targets_R, kd_R, ce_R)
+    if weight_R is not None:
+        dz_RV.mul_(weight_R.unsqueeze(-1))
+    return value_R, part.student.backward_through_cap(dz_RV, q.z_NV)
+
+
+def _entropies(part: ChunkPart) -> PartLosses:
+    """Return the entropy of the student's distributions in place of a loss, nats."""
+    q = TokenDistributions(part.student.logits(part.student_RV, part.exact), has_zeros=part.student.has_zeros)
+    return q.entropy(), None
+
+
 class _Computation:
     """Compute the whole loss once. It owns all memory that it allocates, so that a failed attempt frees it."""
 
-    def __init__(self, student: _HeadInputs, teacher: _HeadInputs | None, args: _LossArgs, exact: torch.dtype):
+    def __init__(self, student: HeadInputs, teacher: HeadInputs | None, args: _LossArgs, exact: torch.dtype):
         self.student = student
         self.teacher = teacher
         self.args = args
@@ -399,53 +457,39 @@ class _Computation:
         dz_CV: Tensor | None = z_CV
         if has_given_logits:
             dz_CV = None if self.d_hidden_ND is None else self.d_hidden_ND[tokens]
-        for rows in _slices(z_CV.shape[0], self.part):
+
+        def part(rows: slice) -> ChunkPart:
             token_rows = slice(tokens.start + rows.start, tokens.start + rows.stop)
-            p = None
-            if self.teacher is not None and teacher_z_CV is not None:
-                p = self.teacher.rows(teacher_z_CV[rows], self.exact)
-            q = self.student.rows(z_CV[rows], self.exact)
-            value_N[token_rows], dz_RV = self._losses(p, q, token_rows, needs_grad)
+            return ChunkPart(
+                student=self.student,
+                student_RV=z_CV[rows],
+                teacher=self.teacher,
+                teacher_RV=None if teacher_z_CV is None else teacher_z_CV[rows],
+                targets_R=self.args.targets_N[token_rows],
+                weights=self.args.weights,
+                token_weights=self.args.token_weights[token_rows],
+                exact=self.exact,
+                needs_grad=needs_grad,
+            )
+
+        C = z_CV.shape[0]
+        whole = part(slice(0, C))
+        done = None if self.args.kernel is None else self.args.kernel(whole)  # it stores no tables: no parts are needed
+        results: Iterable[tuple[slice, PartLosses]]
+        if done is None:
+            losses = self.args.losses or part_losses
+            results = ((rows, losses(part(rows))) for rows in _slices(C, self.part))
+        else:
+            results = [(slice(0, C), done)]
+        for rows, (value_R, dz_RV) in results:
+            value_N[tokens.start + rows.start : tokens.start + rows.stop] = value_R
             if dz_RV is None:
                 continue
-            dz_RV = self.student.backward_through_cap(dz_RV, q.z_NV)
             if self.d_bias_V is not None:
                 self.d_bias_V += dz_RV.sum(0)
-            if dz_CV is not None:
+            if dz_CV is not None and dz_RV is not whole.student_RV:  # a kernel may have replaced the product
                 dz_CV[rows] = dz_RV
         return dz_CV
-
-    def _losses(
-        self, p: TokenDistributions | None, q: TokenDistributions, tokens: slice, needs_grad: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the weighted loss per token [R] and, with ``needs_grad``, its gradient in the student's logits [R, V]."""
-        if self.args.statistic is not None:
-            return self.args.statistic(q), None
-        kd = self.args.weights.kd
-        ce = self.args.weights.ce
-        targets_R = self.args.targets_N[tokens]
-        token_weights = self.args.token_weights[tokens]
-        value_R = torch.zeros_like(q.z_NV[:, 0])
-        h_RV = None
-        kd_R = kd if token_weights.kd_weights_N is None else kd * token_weights.kd_weights_N.to(self.exact)
-        ce_R: float | Tensor = ce  # one for all rows, unless there is a surrogate
-        if p is not None and self.args.teacher is not None:
-            divergence = self.args.teacher.divergence.for_tokens(targets_R, token_weights.divergence_args_N)
-            value_R, h_RV = divergence.between(p, q, needs_grad)
-            value_R = value_R * kd_R
-        if ce:
-            value_R = value_R - ce_R * q.log_at(targets_R)
-        if token_weights.surrogate is not None:
-            surrogate_R, slope_R = token_weights.surrogate(q.log_at(targets_R))
-            value_R = value_R + surrogate_R
-            ce_R = ce_R + slope_R  # −slope · log q has the same gradient
-        weight_R = None if token_weights.weights_N is None else token_weights.weights_N.to(self.exact)
-        if weight_R is not None:
-            value_R = value_R * weight_R
-        if not needs_grad:
-            return value_R, None
-        dz_RV = _logit_grad(h_RV, q.prob_NV, targets_R, kd_R, ce_R)
-        return value_R, dz_RV if weight_R is None else dz_RV.mul_(weight_R.unsqueeze(-1))
 
     def _backward_through_head(self, dz_CV: Tensor, weight_VD: Tensor, tokens: slice) -> None:
         """Add the gradients in hidden states and head weight, from the gradient in the product."""

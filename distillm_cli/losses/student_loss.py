@@ -17,13 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from distillm_cli.losses.extra import Extra, MicroRows, StudentPass, TeacherPass, TrainedTeacher
-from distillm_cli.losses.fused import HeadLike, fused_loss, target_log_probs, token_divergences, token_entropies
+from distillm_cli.losses.fused import (
+    HeadLike,
+    Kernel,
+    fused_loss,
+    target_log_probs,
+    token_divergences,
+    token_entropies,
+)
 from distillm_cli.losses.objectives import Objective, TokenLogProbs
 from distillm_cli.losses.selection import TokenSelection
 from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LanguageModel
 from distillm_cli.training.events import Listener, Note, silent
+from distillm_cli.training.sharding import NOT_SHARDED, Sharding
 from distillm_cli.types import Batch
 
 # Of the tokens in a loss: the student's states, the targets, the teacher's states, the weights.
@@ -55,6 +63,8 @@ class StudentLoss(nn.Module):
         self.router_aux = router_aux
         self.emit: Listener = silent
         self.chunk: int | None = None  # tokens per chunk of the loss; None until memory runs out
+        self.kernel: Kernel | None = None  # see ``kernels.choose_kernel``
+        self.sharding: Sharding = NOT_SHARDED  # of the student
         # A function, so that a teacher head that is a Module does not become a submodule that is trained and saved.
         self._teacher_head = lambda: teacher_head
         self.extras: Mapping[str, Extra] = nn.ModuleDict(extras or {})  # type: ignore[assignment]  # it has Modules
@@ -183,6 +193,7 @@ class StudentLoss(nn.Module):
                 chunk=self.chunk,
                 on_halved=self._remember_chunk,
                 scale=scale,
+                kernel=self.kernel,
             )
         if balance is not None:
             total = total + balance * (self.router_aux * scale)

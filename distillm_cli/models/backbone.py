@@ -390,6 +390,11 @@ class Backbone(nn.Module):
             return self.plain(torch.get_autocast_dtype(device))
         return self if self.adapter is None else self.plain(self.model.dtype)
 
+    def stop_cpu_forward(self) -> None:
+        """Compute hidden states by the model's own forward from now on."""
+        self._cpu_forward = CpuForward()
+        self._cpu_forward.agrees = False
+
     def forget_fast_paths(self) -> None:
         """Test the ways to decode again at the next use, after hooks were added or removed."""
         self._fast_paths = None

@@ -18,7 +18,10 @@ from distillm_cli.data.batching import batches_by_length
 from distillm_cli.extras import build_extras
 from distillm_cli.losses import objectives
 from distillm_cli.losses.extra import Extra
+from distillm_cli.losses.fused import Kernel
+from distillm_cli.losses.kernels import choose_kernel
 from distillm_cli.losses.student_loss import StudentLoss
+from distillm_cli.models.sharding import ShardedStudent, check_can_shard, is_sharded
 from distillm_cli.rollouts.interleaved import InterleavedSampler
 from distillm_cli.rollouts.mixture import MixtureSampler
 from distillm_cli.rollouts.pool import ResponseTable, SequencePool
@@ -29,7 +32,8 @@ from distillm_cli.runs.prepare import Prepared
 from distillm_cli.runs.server_checks import rollout_server
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.checkpoint import Checkpoints
-from distillm_cli.training.events import Listener
+from distillm_cli.training.distributed import world
+from distillm_cli.training.events import Listener, Note
 from distillm_cli.training.state import RunInfo
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.training.validation import ScheduleProbe, Validator
@@ -75,6 +79,12 @@ def build_trainer(
         router_aux=run.router_aux,
         extras=build_extras(recipe, run.pair, run.stages, listener) if extras is None else extras,
     )
+    student_loss.kernel = _loss_kernel(run, student_loss, teacher, listener)
+    if is_sharded(recipe.train.shard):
+        check_can_shard(run.student, bool(student_loss.extras))
+        student_loss.sharding = ShardedStudent(run.student, student_loss, ("log_probs",))
+        listener(Note(f"the student is distributed over {world().size} processes (FSDP)"))
+    sharding = student_loss.sharding
     info = RunInfo(
         steps=run.steps,
         steps_per_epoch=run.order.steps_per_epoch,
@@ -87,7 +97,7 @@ def build_trainer(
 
     @contextmanager
     def sampling() -> Iterator[None]:
-        with eval_mode(student_loss), info.autocast():
+        with eval_mode(student_loss), info.autocast(), sharding.whole():
             yield
 
     @contextmanager
@@ -100,6 +110,11 @@ def build_trainer(
         trained = student_loss.trained_teacher
         with run.with_start_weights(), nullcontext() if trained is None else trained.with_start_weights():
             yield
+
+    def scored() -> dict[str, float | None]:
+        assert score is not None
+        with sharding.whole():
+            return score()
 
     def save_model(directory: Path) -> None:
         run.save_model(directory)
@@ -138,8 +153,8 @@ def build_trainer(
         info,
         select=recipe.train.select,
         teacher=teacher,
-        score=score,
-        at_start=at_start,
+        score=None if score is None else scored,
+        at_start=None if sharding.is_on else at_start,  # shards are not replaced: it is measured before the first step
         probe=probe,
         listener=listener,
     )
@@ -154,6 +169,24 @@ def build_trainer(
         run=info,
         listener=listener,
     )
+
+
+def _loss_kernel(
+    run: Prepared, student_loss: StudentLoss, teacher: LocalTeacher | None, listener: Listener
+) -> Kernel | None:
+    """Return the kernel that computes the loss, checked on the device of the run; None for torch's operations."""
+    if teacher is None or run.recipe.train.loss_kernel == "eager":
+        return None
+    kernel, found = choose_kernel(
+        run.recipe.train.loss_kernel,
+        run.student.head(),
+        teacher.head,
+        student_loss.criterion.weights(Source.DATASET).divergence,
+        run.dtype,
+    )
+    if found:
+        listener(Note(found))
+    return kernel
 
 
 def sampling_models(run: Prepared) -> list[Backbone]:

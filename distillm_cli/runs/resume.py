@@ -47,7 +47,7 @@ def with_recorded_values(resolved: Resolved, output: Path) -> Resolved:
 
 # Settings that a resume may change, apart from those that no step depends on: how often it saves, what it exports, and
 # its number of steps, which ``check_total_steps`` checks.
-_MAY_CHANGE = ("train.save_steps", "student.save_dtype", "train.steps", "train.epochs")
+_MAY_CHANGE = ("train.save_steps", "student.save_dtype", "train.steps", "train.epochs", "train.shard")
 
 
 def find_checkpoint(

@@ -29,7 +29,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from distillm_cli.errors import DistillmError, PeerProcessError, UsageError
+from distillm_cli.errors import DistillmError, OutOfMemoryError, PeerProcessError, UsageError, out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 DEBUG = "DISTILLM_DEBUG_COLLECTIVES"  # set to 1: compare the call sites of every collective
 _TIMEOUT = timedelta(hours=2)  # longer than any work that one process does alone
 _BUFFER_BYTES = 64 * 2**20  # of small gradients that are summed together
-_EXCHANGED = "_distillm_exchanged"  # attribute of an error that every process has
+_EXCHANGED = "_distillm_exchanged"  # attribute of an error that every process has, or that must not be exchanged
+_LONE = "_distillm_lone"  # attribute of the latter
 
 _T = TypeVar("_T")
 _S = TypeVar("_S")
@@ -82,6 +83,10 @@ class World:
             owners[i] = min(range(self.size), key=work.__getitem__)
             work[owners[i]] += costs[i]
         return owners
+
+    def idle_turns(self, things: int) -> int:
+        """Return how many turns this process has none of ``things``, dealt in turn, while another process has one."""
+        return -(-things // self.size) - len(range(self.rank, things, self.size))
 
     def rows_each(self, rows: int) -> int:
         """Return the largest number of rows of a process if all have about as many."""
@@ -127,17 +132,22 @@ class World:
                     raise PeerProcessError("process.different", what, where=where, hint=hint)
 
     def map(
-        self, make: Callable[[list[_T]], SequenceOf[_S]], things: SequenceOf[_T], costs: SequenceOf[float]
+        self,
+        make: Callable[[list[_T]], SequenceOf[_S]],
+        things: SequenceOf[_T],
+        costs: SequenceOf[float],
+        *,
+        always: bool = False,
     ) -> list[_S]:
         """Return the results of ``make`` for all things, in order. Each process calls it with its share of them, if any.
 
-        make: returns one result for each thing.
+        make: returns one result for each thing. always: call it without things too.
         """
         if self.size == 1:
             return list(make(list(things)))
         owners = self.owners(costs)
         own = [thing for thing, rank in zip(things, owners, strict=True) if rank == self.rank]
-        parts = [iter(part) for part in self.gather(lambda: list(make(own)) if own else [])]
+        parts = [iter(part) for part in self.gather(lambda: list(make(own)) if own or always else [])]
         return [next(parts[rank]) for rank in owners]
 
     def agree(self, error: BaseException | None) -> BaseException | None:
@@ -352,6 +362,26 @@ def is_exchanged(error: BaseException) -> bool:
 def _marked(error: BaseException) -> BaseException:
     setattr(error, _EXCHANGED, True)
     return error
+
+
+def lone_error(error: BaseException) -> BaseException:
+    """Return an error that ends this process without an exchange, since the others wait for it or have ended."""
+    import torch
+
+    if is_exchanged(error):
+        return error
+    if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return _marked(_peer_error(error))
+    if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
+        hint = "continue with --resume and a smaller --batch-size, or in more processes"
+        error = OutOfMemoryError("memory.exhausted", f"out of memory in process {world().rank}", hint=hint)
+    setattr(error, _LONE, True)
+    return _marked(error)
+
+
+def is_lone(error: BaseException) -> bool:
+    """Return whether this process alone has an error, and has to report it."""
+    return getattr(error, _LONE, False)
 
 
 def _portable(error: BaseException) -> BaseException:

@@ -11,6 +11,7 @@ from torch import nn
 
 from distillm_cli.config.schema import TrainConfig, chosen
 from distillm_cli.losses.extra import Extra
+from distillm_cli.training.sharding import gathered, like
 from distillm_cli.utils.optimizers import EIGHT_BIT, adafactor, eight_bit_adamw
 
 # State that has the shape of its parameter: of AdamW, of Adafactor's vectors, and of bitsandbytes.
@@ -56,10 +57,15 @@ def learning_rate(train: TrainConfig, step: int, steps: int) -> float:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return the optimizer's state as named tensors: ``optimizer.PARAMETER_INDEX.KEY``."""
+    """Return the optimizer's state as named tensors: ``optimizer.PARAMETER_INDEX.KEY``.
+
+    State that is distributed over the processes is whole in the first one, and empty in the others.
+    """
     state = optimizer.state_dict()["state"]
     return {
-        f"optimizer.{i}.{key}": torch.as_tensor(value) for i, values in state.items() for key, value in values.items()
+        f"optimizer.{i}.{key}": gathered(torch.as_tensor(value))
+        for i, values in state.items()
+        for key, value in values.items()
     }
 
 
@@ -70,11 +76,12 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, index, key = name.split(".")
-            expected = _shape_of(key, parameters[int(index)].shape)
+            parameter = parameters[int(index)]
+            expected = _shape_of(key, parameter.shape)
             if value.ndim and expected is not None and value.shape != expected:
                 raise ValueError(f"{name} has shape {list(value.shape)}, but its parameter has {list(expected)}")
             is_count = not value.ndim and value.dtype == torch.int64  # a plain number before it was saved
-            state.setdefault(int(index), {})[key] = value.item() if is_count else value
+            state.setdefault(int(index), {})[key] = value.item() if is_count else like(value, parameter)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -35,7 +35,7 @@ from distillm_cli.rollouts.pool import SequencePool
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.checkpoint import random_states, restore_random_states
-from distillm_cli.training.distributed import world
+from distillm_cli.training.distributed import is_exchanged, lone_error, world
 from distillm_cli.training.events import Listener, Warned
 from distillm_cli.training.state import RunInfo
 from distillm_cli.types import LengthGroups, micro_batches
@@ -148,6 +148,7 @@ class Attempt:
         self.lr = lr
         self.succeeded = False
         self._rows = 1  # of the largest micro-batch, after the split
+        self._is_sharded = recovery.student_loss.sharding.is_on
 
     def split(self, batches: list[SourceBatch]) -> list[MicroBatch]:
         """Split a step's sequences into micro-batches of at most ``max_rows``, and share them among the processes.
@@ -164,6 +165,8 @@ class Attempt:
             for batch in batches
             for groups in micro_batches(batch.sequences, rows[batch.source], overhead)
         ]
+        if self._is_sharded:  # all processes make each pass together, so passes cost the same
+            found = [MicroBatch(micro.source, [group], cost=1) for micro in found for group in micro.groups]
         for micro, owner in zip(found, dist.owners([micro.cost for micro in found]), strict=True):
             micro.is_own = owner == dist.rank
         return found
@@ -172,6 +175,10 @@ class Attempt:
         return self
 
     def __exit__(self, kind: type | None, own_error: BaseException | None, traceback: Any) -> bool:
+        is_everywhere = own_error is None or is_exchanged(own_error) or isinstance(own_error, NonFiniteError)
+        if self._is_sharded and not is_everywhere:
+            assert own_error is not None
+            raise lone_error(own_error) from own_error  # the others wait in a pass
         error = world().agree(own_error)
         if error is None:
             self.succeeded = True

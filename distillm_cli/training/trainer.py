@@ -16,7 +16,7 @@ from distillm_cli.config.schema import TrainConfig
 from distillm_cli.errors import Interrupted, ServerError
 from distillm_cli.losses.objectives import Objective, SourceBatch, TokenLogProbs
 from distillm_cli.losses.student_loss import StudentLoss, concatenate
-from distillm_cli.losses.weights import NO_WEIGHTS, LossWeights, TokenWeights
+from distillm_cli.losses.weights import CROSS_ENTROPY, NO_WEIGHTS, LossWeights, TokenWeights
 from distillm_cli.rollouts.pool import SequencePool, freshness
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LocalTeacher
@@ -26,6 +26,7 @@ from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note, RunEnded, Saved, Stepped, Validated, silent
 from distillm_cli.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from distillm_cli.training.recovery import MicroBatch, Recovery, check_finite
+from distillm_cli.training.sharding import full_tensor
 from distillm_cli.training.state import RunInfo, TrainerState
 from distillm_cli.training.validation import Validator
 from distillm_cli.types import Batch, collate
@@ -109,6 +110,7 @@ class Trainer:
                     self.save()
                 if signal and self.state.step < self.run.steps:
                     self._raise_interrupted(signal)
+        self.student_loss.sharding.end()
         self.emit(RunEnded(self.state.step, self.state.reason, self.state.seconds))
         return self.state
 
@@ -139,6 +141,8 @@ class Trainer:
                     total += self._forward_backward(
                         batches, hidden_ND, weights, per_token, 1 / count, micro.source, extra
                     )
+                for batch in self._idle_passes(micro_batches):
+                    self._forward_backward([batch], None, CROSS_ENTROPY, None, 0.0, Source.DATASET, {})
                 if self.teacher is not None:
                     self.teacher.exchange(sequences, self.run.device)
                 loss, grad_norm = self._clip(total)
@@ -190,7 +194,13 @@ class Trainer:
         source_batches = [SourceBatch(micro.source, list(chain.from_iterable(micro.groups))) for micro in micro_batches]
         log_probs = []
         if self.objective.needs_log_probs_of:
-            log_probs = self.dist.map(self._log_probs, micro_batches, [micro.cost for micro in micro_batches])
+            idle = self._idle_passes(micro_batches)
+            log_probs = self.dist.map(
+                partial(self._log_probs, idle=idle),
+                micro_batches,
+                [micro.cost for micro in micro_batches],
+                always=self.student_loss.sharding.is_on,
+            )
         per_token = self.objective.begin_step(source_batches, log_probs, progress)
         if self.scheduler.config.weights_replay:
             for i, micro in enumerate(micro_batches):
@@ -198,8 +208,12 @@ class Trainer:
                     per_token[i] = self._with_freshness(per_token[i], micro)
         return [None if weights is None else weights.to(self.run.device) for weights in per_token]
 
-    def _log_probs(self, micro_batches: list[MicroBatch]) -> list[TokenLogProbs]:
-        """Return the log-probabilities that the objective needs, for these micro-batches."""
+    def _log_probs(self, micro_batches: list[MicroBatch], idle: list[Batch]) -> list[TokenLogProbs]:
+        """Return the log-probabilities that the objective needs, for these micro-batches. idle: see ``_idle_passes``."""
+        with self.student_loss.sharding.passes():
+            return self._log_probs_of_share(micro_batches, idle)
+
+    def _log_probs_of_share(self, micro_batches: list[MicroBatch], idle: list[Batch]) -> list[TokenLogProbs]:
         models = self.objective.needs_log_probs_of
         log_probs = []
         for micro in micro_batches:
@@ -209,7 +223,17 @@ class Trainer:
             with self.run.autocast():
                 found = self.student_loss.log_probs(batches, micro.teacher_hidden_ND, models)
             log_probs.append(found if self.dist.size == 1 else found.cpu())  # for the other processes
+        for batch in idle if "student" in models else ():
+            with self.run.autocast():
+                self.student_loss.log_probs([batch], None, ("student",))
         return log_probs
+
+    def _idle_passes(self, micro_batches: list[MicroBatch]) -> list[Batch]:
+        """Return a batch for each pass of a sharded student that other processes make and this one has no work for."""
+        if not self.student_loss.sharding.is_on:
+            return []
+        shortest = min((s for micro in micro_batches for group in micro.groups for s in group), key=len)
+        return [collate([shortest]).to(self.run.device)] * self.dist.idle_turns(len(micro_batches))
 
     def _with_freshness(self, weights: TokenWeights | None, micro: MicroBatch) -> TokenWeights:
         """Return the weights of a micro-batch of replayed outputs, with those of ``schedule.freshness``."""
@@ -246,8 +270,9 @@ class Trainer:
         The norm of the teacher's side, if it is trained, is another one, so that neither side limits the other.
         """
         parts = self.student_loss.trained_parts()
-        self.dist.sum_gradients(chain.from_iterable(parts), total)
-        norms = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in parts]
+        is_summed = self.student_loss.sharding.is_on  # gradients of shards, in the backward pass
+        self.dist.sum_gradients(() if is_summed else chain.from_iterable(parts), total)
+        norms = [full_tensor(nn.utils.get_total_norm([p.grad for p in part if p.grad is not None])) for part in parts]
         loss, *sizes = torch.stack((total, *norms)).tolist()  # the only synchronization with the device in a step
         for size in sizes:
             check_finite(loss, size)
@@ -350,7 +375,8 @@ class Trainer:
         tensors = optimizer_tensors(self.optimizer) | all_random_states(self.run.device) | pool_tensors
         tensors |= self.student_loss.extra_tensors()
         write = partial(self.checkpoints.write, self.state.step, state, tensors, protect=self.state.best_step)
-        path = self.dist.broadcast(write)
+        with self.student_loss.sharding.whole(for_saving=True):
+            path = self.dist.broadcast(write)
         self.saved_step = self.state.step
         self.emit(Saved(self.state.step, str(path)))
 

@@ -46,7 +46,8 @@ def mean_loss(
     def own_sums() -> tuple[float, int]:
         total = torch.zeros((), dtype=torch.float64)
         tokens = torch.zeros((), dtype=torch.int64)
-        for i in dist.share([sum(map(len, sequences)) for sequences in batches]):
+        is_sharded = student_loss.sharding.is_on
+        for i in dist.share([1 if is_sharded else sum(map(len, sequences)) for sequences in batches]):
             sequences = batches[i]
             batch = collate(sequences).to(run.device)
             teacher_hidden_ND = None
@@ -56,9 +57,16 @@ def mean_loss(
                 part, count = student_loss([batch], teacher_hidden_ND, weights)
             total = total + on_float64_device(part).double()
             tokens = tokens + on_float64_device(count)
+        for _ in range(dist.idle_turns(len(batches)) if is_sharded else 0):
+            with run.autocast() if autocast else nullcontext():
+                student_loss([collate(batches[0][:1]).to(run.device)], None, CROSS_ENTROPY)
         return total.item(), int(tokens.item())
 
-    sums = dist.gather(own_sums)
+    def together() -> tuple[float, int]:
+        with student_loss.sharding.passes():
+            return own_sums()
+
+    sums = dist.gather(together)
     if teacher is not None:
         teacher.exchange((), run.device)
     mean = torch.tensor(sum(total for total, _ in sums), dtype=torch.float64) / sum(tokens for _, tokens in sums)

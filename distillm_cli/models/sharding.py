@@ -1,0 +1,168 @@
+"""Distribute a student's weights, gradients and optimizer state over the processes of a run, by torch's FSDP2.
+
+Each block of the model (transformers' ``_no_split_modules``) gathers its weights when it runs, and the loss gathers those of
+embeddings and head, which stay whole from the forward to the backward pass, since the fused loss reads the head without
+calling it. Gradients are sums, as in a run without shards.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from distillm_cli.errors import UsageError
+from distillm_cli.models.generation.working_copy import working_copy
+from distillm_cli.training.distributed import lone_error, world
+
+if TYPE_CHECKING:
+    from distillm_cli.models.backbone import Backbone
+
+_FSDP = "ACCELERATE_USE_FSDP"  # set by accelerate launch
+
+
+def is_sharded(shard: str) -> bool:
+    """Return whether ``train.shard`` asks for shards in this run. auto: if accelerate is configured to use FSDP."""
+    if shard == "auto":
+        return world().size > 1 and os.environ.get(_FSDP, "false").lower() in ("1", "true")
+    return world().size > 1 and shard == "full"
+
+
+def check_can_shard(student: Backbone, has_extras: bool) -> None:
+    """Raise UsageError for a run whose student cannot be distributed."""
+    reason = None
+    if has_extras:
+        reason = "the method trains more than the student"
+    elif student.is_quantized:
+        reason = "the student is quantized"
+    if reason is not None:
+        raise UsageError("usage.cannot_shard", f"train.shard is full, but {reason}", hint="use --set train.shard=none")
+
+
+class ShardedStudent:
+    """Distribute a student over the processes, and gather it where all weights are needed.
+
+    root: the module whose forward pass runs the student, with the methods in ``methods`` that do so too. A copy without
+    weights stays in memory; it is filled while the student samples or is saved.
+    """
+
+    is_on = True
+
+    def __init__(self, student: Backbone, root: nn.Module, methods: tuple[str, ...] = ()):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+        self.student = student
+        self._sharded = student.model
+        self._device = student.device
+        self._adapter = student.adapter
+        self._copy_adapter = None
+        self._copy = self._without_weights()
+        self._decoding_copies: dict[torch.dtype, nn.Module] = {}
+        student.stop_cpu_forward()  # it reads weights without calling the layers
+        mesh = init_device_mesh(self._device.type, (world().size,))
+        self._units = [*_blocks(student.model), root]
+        for unit in self._units:
+            fully_shard(unit, mesh=mesh)
+            unit.set_gradient_divide_factor(1.0)  # sums, not means
+            if self._device.type == "cpu":
+                unit.set_force_sum_reduction_for_comms(True)  # gloo cannot scale in a sum
+        for name in methods:
+            register_fsdp_forward_method(root, name)
+
+    @contextmanager
+    def whole(self, *, for_saving: bool = False) -> Iterator[None]:
+        """Give the student a copy of its model with all weights inside the block, which every process enters.
+
+        Under autocast it has the dtype for decoding, unless there is an adapter. for_saving: as it is in training, on the
+        CPU, and in the first process alone; others have a copy without weights.
+        """
+        target = self._copy if for_saving else self._decoding_copy()
+        with self.passes():
+            self._fill(target, self._to_first_process if for_saving else self._to_device)
+        self.student.model = target
+        self.student.adapter = self._copy_adapter
+        try:
+            yield
+        finally:
+            self.student.model = self._sharded
+            self.student.adapter = self._adapter
+            _replace(target, lambda weight: weight.to("meta"))
+
+    @contextmanager
+    def passes(self) -> Iterator[None]:
+        """Make passes inside the block. An error of one process ends it: the others wait for it in a pass."""
+        try:
+            yield
+        except Exception as error:
+            raise lone_error(error) from error
+
+    def end(self) -> None:
+        """Give the student all weights again, in every process. The shards are not used any more."""
+        with self.passes():
+            self._fill(self._copy, self._to_device)
+        self.student.model = self._copy
+        self.student.adapter = self._copy_adapter
+
+    def _without_weights(self) -> nn.Module:
+        """Return a copy of the model, with its adapter, whose parameters are on the meta device."""
+        model = self._sharded
+        memo: dict[int, object] = {id(model.config): model.config} | {id(buffer): buffer for buffer in model.buffers()}
+        for weight in model.parameters():
+            memo[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
+        if self._adapter is not None:
+            self._copy_adapter = copy.deepcopy(self._adapter, memo)
+            return self._copy_adapter.model.eval()
+        return copy.deepcopy(model, memo).eval()
+
+    def _decoding_copy(self) -> nn.Module:
+        """Return the copy for decoding, as ``Backbone.plain`` makes it."""
+        device = self._device.type
+        if self._adapter is not None or not torch.is_autocast_enabled(device) or self._copy.dtype != torch.float32:
+            return self._copy
+        dtype = torch.get_autocast_dtype(device)
+        if dtype not in self._decoding_copies:
+            self._decoding_copies[dtype] = working_copy(self._copy, dtype)
+        return self._decoding_copies[dtype]
+
+    @torch.no_grad()
+    def _fill(self, target: nn.Module, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Give a copy the current weights, each gathered, cast and placed before the next one."""
+        for unit in self._units:
+            unit.reshard()
+        shards = dict(self._sharded.named_parameters())
+        values = {
+            id(weight): place(shards[name].detach().full_tensor().to(weight.dtype))
+            for name, weight in target.named_parameters()
+        }
+        _replace(target, lambda weight: values[id(weight)])
+
+    def _to_device(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(self._device)
+
+    def _to_first_process(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.to("cpu" if world().is_first else "meta")
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks that may be gathered one by one: none if several of them share weights."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    weights = [id(weight) for block in blocks for weight in block.parameters()]
+    return blocks if len(set(weights)) == len(weights) else []
+
+
+def _replace(model: nn.Module, value: Callable[[nn.Parameter], torch.Tensor]) -> None:
+    """Replace every parameter of a model. Tied ones stay tied."""
+    replaced: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                if id(weight) not in replaced:
+                    replaced[id(weight)] = nn.Parameter(value(weight), requires_grad=weight.requires_grad)
+                module._parameters[name] = replaced[id(weight)]
