@@ -141,7 +141,7 @@ def test_fine_tuning_on_scored_pairs(pair, tmp_path, capsys, monkeypatch):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     argv = ["distill", "--method", "disco", "--teacher", "teacher", "--student", "layers:2", "--data", "pairs.jsonl",
             "--set", "disco.pairs_epochs=1", "--steps", 3, "--batch-size", 4, "--set", "train.log_steps=1", "--json",
-            "--set", "student.dropout=0"]  # fmt: skip
+            "--set", "student.dropout=0", "--dtype", "fp32"]  # fmt: skip
     run_alone([*argv, "--output", "one"], tmp_path, capsys, monkeypatch)
     run_together(pair, [*argv, "--output", "two"], tmp_path)
     assert_same_metrics(tmp_path / "one" / "distilled", tmp_path / "two" / "distilled")
