@@ -851,6 +851,7 @@ BOUND |= {"student.lora.alpha", "student.lora.targets"}
 BOUND |= {"objective.policy_gradient", "objective.row_weight", "objective.by_source", "objective.curriculum"}
 BOUND |= {"eval.trigger", "eval.target", "data.mixup", "objective.input_gradient", "disco.enabled", "train.adversarial"}
 BOUND |= {"disco.enabled", "disco.keep_projection", "disco.pairs_epochs"}
+BOUND |= {"teacher.server", "rollout.server", "rollout.server_dir"}
 BOUND |= {"schedule.fresh", "train.lr", "train.min_lr", "data.date"}
 EVERY_FIELD = st.fixed_dictionaries({}, optional={key: _values(key) for key in leaves() if key not in BOUND})
 
