@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -43,10 +44,11 @@ def checked_url(url: str) -> str:
         raise ValueError("expected an address without a user, password or parameters; set DISTILLM_SERVER_KEY to a key")
     if _URL.fullmatch(url) is None:
         raise ValueError("expected an address like http://127.0.0.1:8000")
+    urlsplit(url).port  # noqa: B018  # raises ValueError for a number that is no port
     return url.rstrip("/")
 
 
-ServerUrl = Annotated[str, AfterValidator(checked_url)]
+ServerUrl = Annotated[str, AfterValidator(checked_url), Field(examples=["http://127.0.0.1:8000"])]
 
 # Metrics that select a checkpoint: on held-out rows without generation, or of generated responses.
 HeldOutMetric = Literal["valid_loss", "valid_divergence"]

@@ -142,7 +142,6 @@ class TeacherConfig(Section):
     )
     server: ServerUrl | None = Field(
         None,
-        examples=["http://127.0.0.1:8001"],
         description="Address of a vLLM pooling server that computes the teacher's hidden states. teacher.path has the "
         "config, the tokenizer and the head, which is all that is loaded. Unset: the teacher runs in this process.",
     )
@@ -445,7 +444,6 @@ class RolloutConfig(Section):
     )
     server: Annotated[ServerUrl | None, _STUDENT_DECODES] = Field(
         None,
-        examples=["http://127.0.0.1:8000"],
         description="Address of a vLLM server that samples the student's outputs. It gets the student's weights before "
         "each bulk. Unset: they are sampled in this process.",
     )

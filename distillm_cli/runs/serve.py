@@ -26,6 +26,7 @@ Role = Literal["rollouts", "teacher"]
 ROLES: tuple[Role, ...] = ("rollouts", "teacher")
 PROGRAM = "DISTILLM_VLLM"  # environment variable: path of the vllm program
 _PORTS: dict[Role, int] = {"rollouts": 8000, "teacher": 8001}
+_USUAL_PORTS = {"http": 80, "https": 443}
 _LOOPBACK = "127.0.0.1"
 _POOLER = {"task": "token_embed", "tok_pooling_type": "ALL", "use_activation": False}
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -85,8 +86,7 @@ def serve_command(role: Role, resolved: Resolved, more: SequenceOf[str], listene
     url = (recipe.teacher.server if is_teacher else recipe.rollout.server) or f"http://{_LOOPBACK}:{_PORTS[role]}"
     address = urlsplit(url)
     host = address.hostname or _LOOPBACK
-    arguments = [os.environ.get(PROGRAM, "vllm"), "serve", model]
-    arguments += ["--dtype", _DTYPES[dtype_name(dtype)]]
+    arguments = [os.environ.get(PROGRAM, "vllm"), "serve", model, "--dtype", _DTYPES[dtype_name(dtype)]]
     revision = recipe.teacher.revision if is_teacher else recipe.student.revision
     if Path(model).is_dir():
         revision = None
@@ -101,7 +101,8 @@ def serve_command(role: Role, resolved: Resolved, more: SequenceOf[str], listene
         environment[DEV_MODE] = "1"
         if host not in (_LOOPBACK, "localhost", "::1"):
             listener(Warned(f"{DEV_MODE} lets everyone who reaches {host} run the server's internal functions"))
-    arguments += ["--host", host, "--port", str(address.port or _PORTS[role]), *more]
+    port = address.port or _USUAL_PORTS[address.scheme]
+    arguments += ["--host", host, "--port", str(port), *more]
     listener(Note(f"for vLLM {', '.join(TESTED)}; the recipe's address is {url}"))
     return ServeCommand(role, tuple(arguments), url, environment)
 

@@ -46,11 +46,11 @@ class Server:
             url = checked_url(url)
         except ValueError as error:
             raise UsageError("usage.invalid_value", f"{name} = {url}", where=str(error)) from None
+        parsed = httpx2.URL(url)
         self.url = url
         self.name = name
         self.root = url.removesuffix("/v1")
-        has_path = bool(httpx2.URL(url).path.strip("/"))
-        self.api = url if has_path else f"{url}/v1"
+        self.api = url if parsed.path.strip("/") else f"{url}/v1"
         self.lost_connections = 0
         self._sleep = sleep
         self._timeout = _seconds(TIMEOUT, _TIMEOUT_SECONDS)
@@ -59,7 +59,7 @@ class Server:
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx2.Timeout(self._timeout, connect=_CONNECT_SECONDS, pool=None),
             limits=httpx2.Limits(max_connections=_IN_FLIGHT),
-            trust_env=not _is_loopback(httpx2.URL(url).host),  # a proxy cannot reach this machine's own address
+            trust_env=not _is_loopback(parsed.host),  # a proxy cannot reach this machine's own address
         )
 
     def get(self, path: str) -> Any:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections import deque
 from pathlib import Path
 
@@ -215,3 +219,19 @@ def test_library_generates_by_a_server(model):
         result = distillm.generate(model, ["abc"], server=server.url, greedy=True, max_new_tokens=4, template="plain")
         assert server.log["/v1/completions"] == 1
     assert len(result.responses) == 1
+
+
+def test_ctrl_c_ends_a_generation_that_waits_for_its_server(model, tmp_path):
+    with serving(model) as server:
+        command = [sys.executable, "-m", "distillm_cli", "generate", "--model", model, "--prompt", "abc", "--n", "4"]
+        command += ["--template", "plain", "--server", server.url, "--output", str(tmp_path / "out.jsonl"), "--json"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        server.delay = 0.5
+        while server.log["/v1/completions"] < 4:
+            server.delay = 120 if server.log["/v1/models"] else 0.5
+            time.sleep(0.05)
+            assert process.poll() is None, process.communicate()
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--resume" in json.loads(out)["message"]

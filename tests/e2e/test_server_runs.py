@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distillm_cli.rollouts import server_sampler
 from tests import tiny
 from tests.command_line import assert_error
 from tests.protocol_server import serving
@@ -458,3 +461,18 @@ def test_resume_may_move_the_server_but_not_drop_it(cli, models):
         assert code == 0, err
     outcome = cli(*arguments(models, *more, "--resume", "--set", "rollout.server=null"))
     assert_error(outcome, "checkpoint.changed", "rollout.server")
+
+
+def test_weights_of_a_killed_run_are_removed(tmp_path, monkeypatch):
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    left = tmp_path / f"distillm-weights-{killed.pid}-abc"
+    running = tmp_path / f"distillm-weights-{os.getppid()}-abc"
+    for directory in (left, running):
+        directory.mkdir()
+    monkeypatch.setattr(server_sampler, "_SHARED_MEMORY", tmp_path)
+    with server_sampler._weights_directory(None) as directory:
+        assert directory.parent == tmp_path
+        assert not left.exists()
+        assert running.exists()
+    assert not directory.exists()

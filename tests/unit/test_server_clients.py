@@ -48,6 +48,11 @@ def test_address_must_be_one_of_http(url):
         checked_url(url)
 
 
+def test_impossible_port_is_refused():
+    with raises_code("usage.invalid_value", "--server", "http://host:99999"):
+        Server("http://host:99999", name="--server")
+
+
 @pytest.mark.parametrize("url", ["http://user:secret@host", "https://host/v1?key=secret"])
 def test_address_with_a_key_is_refused(url):
     with raises_code("usage.invalid_value", "DISTILLM_SERVER_KEY") as caught:
