@@ -144,7 +144,8 @@ def tokenize(
     packer = SequencePacker(ids, turns)
     found = tokenize_into(packer, rows, encoder, data, listener, max_context, prefetched)
     sequences = PackedSequences(as_int32(ids), packer.sizes_S3, as_int32(turns), packer.digest)
-    return Examples(sequences, pick(rows, found.kept), **found.facts())
+    own_rows = rows.rows if isinstance(rows, Rows) else rows
+    return Examples(sequences, pick(own_rows, found.kept), **found.facts())
 
 
 def tokenize_into(

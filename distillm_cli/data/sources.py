@@ -230,7 +230,7 @@ def _load_part(
 ) -> Rows:
     read = partial(_read_part, source, part, limit, data=data, require_output=require_output, form=form)
     key = [source.name, part, limit, require_output, data.columns.model_dump(), data.skip_bad_rows]
-    if store is None or part != "train" or not store.is_used(source, listener):
+    if store is None or part != "train" or not store.is_used(source):
         found = read(list)
     else:
         found = store.rows(source, key, read, listener)
@@ -330,7 +330,7 @@ class TrainingStore:
     def __init__(self, data: DataConfig):
         self._data = data
 
-    def is_used(self, source: DataSource, listener: Listener) -> bool:
+    def is_used(self, source: DataSource) -> bool:
         """Return whether this source's training rows are stored. Raises DataError if they must be and cannot."""
         files = source.files.get("train")
         if self._data.store == "on" and not files:
@@ -339,18 +339,20 @@ class TrainingStore:
             return self._data.store == "on"
         return self._data.limit is None and sum(path.stat().st_size for path in files) >= STORED_BYTES
 
-    def rows(self, source: DataSource, key: list[Any], read: Callable[..., Rows], listener: Listener) -> Rows:
-        """Return the rows of a source's training files from their store."""
-        root = cache_root("rows", self._data.store_dir)
+    def rows(self, source: DataSource, settings: list[Any], read: Callable[..., Rows], listener: Listener) -> Rows:
+        """Return the rows of a source's training files from their store.
+
+        settings: those that the rows depend on. read: reads the rows into the function that it is given.
+        """
         what = f"rows of {source.name}"
-        found = key_of("rows", fingerprint(source.files["train"]), key)
+        key = key_of("rows", fingerprint(source.files["train"]), settings)
 
         def make(directory: Path) -> dict[str, Any]:
             formats: list[str] = []
 
             def collect(rows: Iterable[Row]) -> SequenceOf[Row]:
                 formats.extend(write_rows(rows, directory, listener, what))
-                return map_rows(directory, formats, found)
+                return map_rows(directory, formats, key)
 
             made = read(collect)
             return {
@@ -361,15 +363,16 @@ class TrainingStore:
             }
 
         try:
-            store = open_or_make(root, "rows", found, make, listener, what=what)
+            store = open_or_make(cache_root("rows", self._data.store_dir), "rows", key, make, listener, what=what)
         except (StorageError, DataError) as error:
-            if self._data.store == "on" or (isinstance(error, DataError) and error.code != "data.cannot_store"):
+            may_read = isinstance(error, StorageError) or error.code == "data.cannot_store"
+            if self._data.store == "on" or not may_read:
                 raise
             listener(Warned(f"{error.what}: reading the rows into memory (data.store auto)"))
             return read(list)
         facts = store.facts
         return Rows(
-            map_rows(store.directory, facts["formats"], found),
+            map_rows(store.directory, facts["formats"], key),
             name=source.name,
             path=source.path,
             skipped=facts["skipped"],

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from distillm_cli.data.batching import Examples, tokenize_into
+from distillm_cli.data.batching import Examples, tokenize, tokenize_into
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.row_store import StoredRows
 from distillm_cli.data.sources import Rows
 from distillm_cli.data.store import fingerprint, key_of, mapped, open_or_make, sha256_of
+from distillm_cli.errors import StorageError
 from distillm_cli.training.events import Event, Listener, Note, Warned
 from distillm_cli.types import PackedSequences, SequencePacker
 from distillm_cli.utils.storage import cache_root
@@ -57,7 +58,14 @@ def open_tokens(rows: Rows, encoder: Encoder, listener: Listener, context: int |
         return {"digest": packer.digest, "events": events, "examples": facts}
 
     root = cache_root("rows", encoder.data.store_dir)
-    store = open_or_make(root, "tokens", key, make, listener, what=f"token ids of {counted(len(rows), 'row')}")
+    what = f"token ids of {counted(len(rows), 'row')}"
+    try:
+        store = open_or_make(root, "tokens", key, make, listener, what=what)
+    except StorageError as error:
+        if encoder.data.store == "on":
+            raise
+        listener(Warned(f"{error.what}: tokenizing into memory (data.store auto)"))
+        return tokenize(rows, encoder, encoder.data, listener, context)
     for kind, text in store.facts["events"]:
         listener(_EVENTS[kind](text))
     place = store.directory

@@ -55,9 +55,8 @@ def dispatch_arguments(teacher: TeacherConfig, device: torch.device) -> dict[str
     if teacher.max_memory is not None:
         own = round(teacher.max_memory * 1e9)
         limits = {place: own if device.type == "cpu" or place != "cpu" else free for place, free in limits.items()}
-    folder = (
-        Path(tempfile.gettempdir()) / f"distillm-teacher-{os.getpid()}"
-    )  # only for weights without safetensors files
+    # Only for weights without safetensors files, which transformers copies.
+    folder = Path(tempfile.gettempdir()) / f"distillm-teacher-{os.getpid()}"
     return {"device_map": teacher.device_map, "max_memory": limits, "offload_folder": str(folder)}
 
 

@@ -126,7 +126,7 @@ def open_teacher(
             max_rows=run.recipe.train.batch_size,
             pass_overhead=run.pass_overhead,
         )
-    if isinstance(model, UnloadedTeacher) and not model.is_whole:
+    if cache_plan.disk is not None and isinstance(model, UnloadedTeacher) and not model.is_whole:
         listener(Note("loaded only the teacher's head: all of its states are cached"))
     schedule = new_scheduler(run)
     samples = schedule.config.uses_student_outputs or schedule.config.uses_teacher_samples

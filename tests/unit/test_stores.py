@@ -260,6 +260,23 @@ def test_auto_stores_large_files_and_falls_back_to_memory(tmp_path, monkeypatch)
         load(unwritable.model_copy(update={"store": "on"}))
 
 
+def test_auto_tokenizes_into_memory_if_token_ids_cannot_be_stored(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", RECORDS["prompts"])
+    monkeypatch.setattr(sources, "STORED_BYTES", 1)
+    data = data_of(path, store="auto")
+    rows = load(data)
+    full = data.model_copy(update={"store_dir": str(path / "store")})
+    events: list = []
+    found = open_tokens(rows, Encoder(tiny.tokenizer(), full), events.append, None)
+    expected = tokenize(list(rows), Encoder(tiny.tokenizer(), data), data)
+    assert rows_digest(found.sequences) == rows_digest(expected.sequences)
+    assert list(found.rows) == list(expected.rows)
+    assert any(isinstance(event, Warned) and "tokenizing into memory" in event.text for event in events)
+    with raises_code("storage.failed"):
+        on = full.model_copy(update={"store": "on"})
+        open_tokens(rows, Encoder(tiny.tokenizer(), on), lambda event: None, None)
+
+
 def test_only_local_files_are_stored(tmp_path):
     with raises_code("data.cannot_store", "data.store on"):
         load(DataConfig(source="pronounce", store="on", store_dir=str(tmp_path)))
