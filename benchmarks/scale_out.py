@@ -95,7 +95,7 @@ def measure(name: str, processes: int, shard: str, args: argparse.Namespace) -> 
         values = (
             *fields, "data.size=400", "data.valid_limit=8", "eval.report_rows=0", "train.eval_steps=100000",
             "train.save_steps=100000", "train.threads=1", "train.batch_size=32", "data.max_length=64",
-            f"train.shard={shard}",            "student.dtype=fp32", "teacher.dtype=fp32", "data.template=plain",
+            f"train.shard={shard}", "student.dtype=fp32", "teacher.dtype=fp32", "data.template=plain",
         )  # fmt: skip
         argv = ["distill", "--method", method, "--teacher", "builtin", "--data", "builtin", "--student"]
         argv += [f"random:{args.layers}x{args.width}", "--steps", str(args.steps), "--output", str(directory / "run")]

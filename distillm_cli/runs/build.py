@@ -80,7 +80,7 @@ def build_trainer(
     )
     student_loss.kernel = _loss_kernel(run, student_loss, teacher, listener)
     if is_sharded(recipe.train.shard):
-        check_can_shard(run.student, bool(student_loss.extras))
+        check_can_shard(run.student, student_loss.extras.keys())
         student_loss.sharding = ShardedStudent(run.student, student_loss, ("log_probs",))
         listener(Note(f"the student is distributed over {world().size} processes (FSDP)"))
     sharding = student_loss.sharding
