@@ -184,9 +184,17 @@ def is_on_machine(name: str):
     return patch.object(distributed, "_machine_name", lambda: name)
 
 
+def is_elsewhere():
+    """Let this process report another place in the program."""
+    from distillm_cli.training import distributed
+
+    return patch.object(distributed, "_call_site", lambda: "elsewhere.py:1")
+
+
 FAULTS = (
     memory_runs_out, loss_is_nan, logits_are_nan, signal_arrives, disk_is_full, version_is, has_gpus, sees_another_disk,
     is_on_machine,
+    is_elsewhere,
 )  # fmt: skip
 
 

@@ -266,8 +266,10 @@ class PairTuning(EmbeddingPart):
     @staticmethod
     def _embed(student: SentenceEncoder, sequences: SequenceOf[Sequence]) -> Tensor:
         """Return the embeddings with their graph, in the order of the sequences, computed in groups of similar length."""
-        index = {id(sequence): i for i, sequence in enumerate(sequences)}
+        places: dict[int, list[int]] = {}  # a sentence may be part of several pairs
+        for i, sequence in enumerate(sequences):
+            places.setdefault(id(sequence), []).append(i)
         groups = length_groups(sequences, len(sequences))
         embeddings = torch.cat([student(collate(group).to(student.device)) for group in groups])
-        order = torch.tensor([index[id(s)] for group in groups for s in group], device=embeddings.device)
+        order = torch.tensor([places[id(s)].pop(0) for group in groups for s in group], device=embeddings.device)
         return torch.empty_like(embeddings).index_copy(0, order, embeddings)

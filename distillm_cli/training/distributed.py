@@ -29,7 +29,7 @@ from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from distillm_cli.errors import DistillmError, OutOfMemoryError, PeerProcessError, UsageError, out_of_memory
+from distillm_cli.errors import OutOfMemoryError, PeerProcessError, UsageError, out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -205,7 +205,7 @@ class World:
         try:
             found = gather_object([(site, value, None if error is None else _portable(error))])
         except RuntimeError as lost:
-            raise _marked(_peer_error(lost)) from lost
+            raise _peer_error() from lost
         for rank, (_, _, of_rank) in enumerate(found):
             if of_rank is not None:
                 raise _marked(error if rank == self.rank and error is not None else of_rank)
@@ -393,14 +393,10 @@ def _portable(error: BaseException) -> BaseException:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _peer_error(error: RuntimeError) -> DistillmError:
-    """Return the error for a collective that failed: another process has ended."""
-    return PeerProcessError(
-        "process.lost",
-        "another process of the run ended or does not answer",
-        where=str(error).splitlines()[0][:200],
-        hint="see its messages, then continue with --resume",
-    )
+def _peer_error() -> BaseException:
+    """Return the error for a collective that failed: another process has ended, and no further collective succeeds."""
+    what = "another process of the run ended, or does not answer"
+    return _marked(PeerProcessError("process.lost", what, hint="see its messages, then continue with --resume"))
 
 
 def _call_site() -> str:
@@ -473,4 +469,4 @@ def _all_reduce(tensor: Tensor) -> None:
     try:
         torch.distributed.all_reduce(tensor)
     except RuntimeError as lost:
-        raise _marked(_peer_error(lost)) from lost
+        raise _peer_error() from lost

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from distillm_cli.cli.app import main
 from distillm_cli.config.methods import METHODS
 from distillm_cli.training.checkpoint import read_checkpoint, visible
+from tests import tiny
 from tests.command_line import assert_error
 from tests.processes import PATIENCE, ROOT, Processes, signal_arrives
 
@@ -67,7 +68,7 @@ def assert_same_metrics(one, two, tolerance=1e-5):
     for left, right in lines:
         assert left.keys() == right.keys()
         for key in left.keys() - {"seconds", "grad_norm"}:
-            if key in DETERMINED:
+            if key in DETERMINED or left[key] is None:
                 assert left[key] == right[key], (key, left, right)
             else:
                 assert right[key] == pytest.approx(left[key], rel=tolerance, abs=tolerance), (key, left, right)
@@ -131,6 +132,20 @@ def test_run_in_two_processes_is_the_same_run(method, fields, pair, tmp_path, ca
     together = run_together(pair, distill("two", *fields, method=method, few=few), tmp_path)
     assert_same_metrics(tmp_path / "one", tmp_path / "two")
     assert_same_counts(alone, together)
+
+
+def test_fine_tuning_on_scored_pairs(pair, tmp_path, capsys, monkeypatch):
+    tiny.save_encoder(tmp_path / "teacher")
+    pairs = [{"sentence1": f"say {a}", "sentence2": f"tell {b}", "score": (i * j) % 5 + 1}
+             for i, a in enumerate(WORDS[:5]) for j, b in enumerate(WORDS[:4])]  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    argv = ["distill", "--method", "disco", "--teacher", "teacher", "--student", "layers:2", "--data", "pairs.jsonl",
+            "--set", "disco.pairs_epochs=1", "--steps", 3, "--batch-size", 4, "--set", "train.log_steps=1", "--json",
+            "--set", "student.dropout=0", "--dtype", "fp32"]  # fmt: skip
+    run_alone([*argv, "--output", "one"], tmp_path, capsys, monkeypatch)
+    run_together(pair, [*argv, "--output", "two"], tmp_path)
+    assert_same_metrics(tmp_path / "one" / "distilled", tmp_path / "two" / "distilled")
+    assert_same_metrics(tmp_path / "one", tmp_path / "two")
 
 
 def test_more_processes_than_rows_of_a_step(trio, tmp_path, capsys, monkeypatch):
@@ -353,6 +368,11 @@ def test_processes_that_differ(pair, tmp_path):
     outcomes = pair.run(argv, directory=tmp_path, directories={rank: tmp_path / str(rank) for rank in range(2)})
     assert_stopped(outcomes, "process.different", "training rows")
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_at_different_places(pair, tmp_path):
+    outcomes = pair.run(distill("run"), directory=tmp_path, faults={1: ["is_elsewhere"]})
+    assert_stopped(outcomes, "process.out_of_step", "0: app.py", "1: elsewhere.py:1")
 
 
 def test_fewer_gpus_than_processes(pair, tmp_path):

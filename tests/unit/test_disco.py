@@ -206,6 +206,15 @@ def test_pair_sentences_keep_their_order_when_grouped_by_length():
     torch.testing.assert_close(value, tuning.loss_of(columns, [1.0, 0.0, 0.5]) * 0.5)
 
 
+def test_sentence_of_several_pairs_has_an_embedding_in_each():
+    student = Student()
+    first, second, third = (sentence([row] * 3, row) for row in range(3))
+    tuning = PairTuning([[first, second], [first, third], [second, first]], [0.0, 0.5, 1.0])
+    columns = [torch.stack([student.table[row] for row in rows]) for rows in ((0, 0, 1), (1, 2, 0))]
+    value = tuning.embedding_loss(student, [], [0, 1, 2], 1.0)
+    torch.testing.assert_close(value, tuning.loss_of(columns, [0.0, 0.5, 1.0]))
+
+
 # ---------------------------------------------------------------------------------------------------------- encoders
 
 
