@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -50,36 +51,31 @@ def triton() -> Kernel:
     return part_losses_triton
 
 
-_BUILDERS = {"compiled": compiled, "triton": triton}
+KERNELS: dict[str, Callable[[], Kernel]] = {"compiled": compiled, "triton": triton}  # "eager" is ``part_losses``
 
 
 def choose_kernel(
     name: str, student: HeadLike, teacher: HeadLike | None, divergence: Divergence | None, dtype: torch.dtype
-) -> tuple[Kernel | None, str]:
-    """Return the kernel of that name and a sentence about it; None if ``part_losses`` itself is used.
+) -> tuple[str, str]:
+    """Return the name of the kernel to use, and a sentence about it.
 
-    student, teacher: heads, on the device of the run. divergence: of the run. dtype: of the student's products. ``auto``
+    name: of ``train.loss_kernel``. student, teacher: heads, on the device of the run. divergence: of the run. dtype: of the student's products. ``auto``
     does not use a kernel that fails or whose results differ, and the sentence names the reason. Raises UsageError for one
-    that was asked for by name.
+    that was requested by name.
     """
     if name == "eager" or divergence is None or teacher is None or student.weight_VD is None:
-        return None, ""
+        return "eager", ""
     part = probe(student, teacher, divergence, dtype)
-    names = [name] if name != "auto" else [k for k in _BUILDERS if k != "triton" or importlib.util.find_spec("triton")]
-    seconds = {"eager": _seconds(part_losses, part)} if name == "auto" else {}
-    kernels: dict[str, Kernel] = {}
+    names = [name] if name != "auto" else [k for k in KERNELS if k != "triton" or importlib.util.find_spec("triton")]
+    seconds = {"eager": _seconds(part_losses, part)}
     rejected = []
     for candidate in names:
         try:
-            kernel = _BUILDERS[candidate]()
+            kernel = KERNELS[candidate]()
             reason = kernel_difference(kernel, part)
             if reason is None:
-                kernels[candidate] = kernel
-                if name == "auto":
-                    seconds[candidate] = _seconds(kernel, part)
-        except (
-            Exception
-        ) as error:  # compilers and drivers raise errors of many kinds, and the plain losses need neither
+                seconds[candidate] = _seconds(kernel, part)
+        except Exception as error:  # of a compiler or a driver, of many kinds; the plain losses need neither
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error) else ''}"
         if reason is not None and name != "auto":
             raise UsageError(
@@ -89,7 +85,7 @@ def choose_kernel(
             rejected.append(f"{candidate} is not used ({reason})")
     chosen = min(seconds, key=seconds.__getitem__) if name == "auto" else name
     measured = [f"{k} {1e3 * s:.2f} ms" for k, s in seconds.items()]
-    return kernels.get(chosen), f"loss kernel: {', '.join([chosen, *measured, *rejected])}"
+    return chosen, f"loss kernel: {', '.join([chosen, *measured, *rejected])}"
 
 
 def probe(student: HeadLike, teacher: HeadLike, divergence: Divergence, dtype: torch.dtype) -> ChunkPart:

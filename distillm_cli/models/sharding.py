@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -33,15 +33,14 @@ def is_sharded(shard: str) -> bool:
     return world().size > 1 and shard == "full"
 
 
-def check_can_shard(student: Backbone, has_extras: bool) -> None:
-    """Raise UsageError for a run whose student cannot be distributed."""
-    reason = None
-    if has_extras:
-        reason = "the method trains more than the student"
-    elif student.is_quantized:
-        reason = "the student is quantized"
+def check_can_shard(student: Backbone, extras: Collection[str]) -> None:
+    """Raise UsageError for a run whose student cannot be distributed. extras: names of those that the run has."""
+    reason = "the student is quantized" if student.is_quantized else None
+    if extras:
+        reason = f"{', '.join(extras)} needs all weights of the student in every process"
     if reason is not None:
-        raise UsageError("usage.cannot_shard", f"train.shard is full, but {reason}", hint="use --set train.shard=none")
+        what = f"train.shard is full, but {reason}"
+        raise UsageError("usage.cannot_shard", what, hint="use --set train.shard=none")
 
 
 class ShardedStudent:

@@ -19,7 +19,7 @@ from distillm_cli.extras import build_extras
 from distillm_cli.losses import objectives
 from distillm_cli.losses.extra import Extra
 from distillm_cli.losses.fused import Kernel
-from distillm_cli.losses.kernels import choose_kernel
+from distillm_cli.losses.kernels import KERNELS, choose_kernel
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models.sharding import ShardedStudent, check_can_shard, is_sharded
 from distillm_cli.rollouts.interleaved import InterleavedSampler
@@ -81,7 +81,7 @@ def build_trainer(
     )
     student_loss.kernel = _loss_kernel(run, student_loss, teacher, listener)
     if is_sharded(recipe.train.shard):
-        check_can_shard(run.student, bool(student_loss.extras))
+        check_can_shard(run.student, student_loss.extras.keys())
         student_loss.sharding = ShardedStudent(run.student, student_loss, ("log_probs",))
         listener(Note(f"the student is distributed over {world().size} processes (FSDP)"))
     sharding = student_loss.sharding
@@ -177,16 +177,18 @@ def _loss_kernel(
     """Return the kernel that computes the loss, checked on the device of the run; None for torch's operations."""
     if teacher is None or run.recipe.train.loss_kernel == "eager":
         return None
-    kernel, found = choose_kernel(
+    find = partial(
+        choose_kernel,
         run.recipe.train.loss_kernel,
         run.student.head(),
         teacher.head,
         student_loss.criterion.weights(Source.DATASET).divergence,
         run.dtype,
     )
+    name, found = world().broadcast(find)  # by the clock
     if found:
         listener(Note(found))
-    return kernel
+    return None if name == "eager" else KERNELS[name]()
 
 
 def sampling_models(run: Prepared) -> list[Backbone]:

@@ -88,6 +88,11 @@ class Workload:
     processes: int = 1
 
     @property
+    def shards(self) -> int:
+        """Return the number of processes over which the student is distributed; 1: each has all of it."""
+        return self.processes if self.recipe.train.shard == "full" else 1
+
+    @property
     def micro_batch(self) -> int:
         """Return the number of sequences of a micro-batch."""
         return min(self.recipe.train.batch_size, self.sequences)
@@ -170,7 +175,8 @@ def memory(run: Workload) -> dict[str, int]:
     Adapters of every linear layer add 9, their inputs in float32, and 15 more in GPT-2, whose GELU is many operations.
 
     Copies: under autocast every matrix in the compute dtype; while the student samples, every weight, with an adapter merged
-    in. The loss holds its chunks and, if the head is trained, one gradient of the head.
+    in. The loss holds its chunks and, if the head is trained, one gradient of the head. A process has its share of a student
+    that is distributed (``_gathered_bytes``), and all of its copies.
 
     On a CPU the matrices of a bf16 teacher are in memory twice, once in the layout of the products, for the families of
     ``models/cpu/``. So are those of a model that samples in bf16. The weights from before training, which the first
@@ -189,9 +195,10 @@ def memory(run: Workload) -> dict[str, int]:
     longest = max(run.lengths.longest, math.ceil(sampled) if is_sampled else 0)
     positions = run.micro_batch * longest
     parts = {
-        "student_weights": _student_weight_bytes(run, student),
-        "gradients": 4 * trainable,
-        "optimizer": _optimizer_bytes(run, student),
+        "student_weights": _student_weight_bytes(run, student) // run.shards,
+        "gathered_weights": _gathered_bytes(run, student),
+        "gradients": 4 * trainable // run.shards,
+        "optimizer": _optimizer_bytes(run, student) // run.shards,
         "cast_weights": 0 if is_quantized else _cast_weight_bytes(run, student),
         "activations": round(_activation_passes(run) * _activation_bytes(run, student, run.itemsize, longest)),
         "loss": work_bytes(positions, run.vocab, run.itemsize, run.device) + _head_gradient_bytes(run, student),
@@ -234,6 +241,20 @@ def memory(run: Workload) -> dict[str, int]:
         parts["rollout_layouts"] = sum(layouts)
         parts["compiled_products"] = _COMPILED_PRODUCTS if is_bf16 else 0
     return {name: size for name, size in parts.items() if size}
+
+
+def _gathered_bytes(run: Workload, student: Sizes) -> int:
+    """Return the bytes of whole weights and gradients that a process with a shard of the student has in a step.
+
+    Embeddings and head are gathered for the whole pass, with a gradient if they are trained, and of the blocks two, one of
+    them with a gradient.
+    """
+    if run.shards == 1:
+        return 0
+    parameters = student.parameters
+    ends = parameters["total"] - parameters["trunk"]
+    block = parameters["trunk"] / max(1, student.all_layers)
+    return round(4 * (ends * (1 if student.adapted else 2) + block * (2 if student.adapted else 3)))
 
 
 def _optimizer_bytes(run: Workload, model: Sizes) -> int:
@@ -356,7 +377,8 @@ def _activation_passes(run: Workload) -> float:
 
 
 _STEP_PARTS = (
-    "gradients", "cast_weights", "activations", "loss", "teacher_activations", "teacher_gradients", "teacher_cast_weights",
+    "gathered_weights", "gradients", "cast_weights", "activations", "loss", "teacher_activations", "teacher_gradients",
+    "teacher_cast_weights",
 )  # fmt: skip
 _TEACHER_PARTS = ("offloaded_teacher",)
 _SAMPLING_PARTS = ("rollout_weights", "rollout_cache", "teacher_rollout_cache")
@@ -667,7 +689,14 @@ def _run_seconds(run: Workload, step_s: Mapping[str, float], steps: int, phi: fl
 
 
 def network_bytes(run: Workload) -> int:
-    """Return the bytes that each process sends, and receives, to sum the gradients of a step: a ring, in float32."""
+    """Return the bytes that each process sends, and receives, in a step: a ring, in float32.
+
+    They are the gradients. Of a distributed student they are, in each pass, its weights, twice, and its gradients.
+    """
+    if run.shards > 1:
+        passes = math.ceil(run.sequences / run.micro_batch)
+        of_pass = 4 * (2 * run.student.parameters["total"] + run.student.parameters["trainable"])
+        return round(passes * of_pass * (run.processes - 1) / run.processes)
     trained = [run.student] if run.teacher is None else [run.student, run.teacher]
     gradients = 4 * sum(model.parameters["trainable"] for model in trained)
     return round(2 * (run.processes - 1) / run.processes * gradients)

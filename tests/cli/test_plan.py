@@ -162,6 +162,22 @@ def test_plan_for_several_processes(configs, planned):
     assert "processes" not in one
 
 
+def test_plan_of_a_distributed_student(configs, planned):
+    llama = configs / "meta-llama"
+    run = ("--teacher", llama / "Llama-3.2-3B-Instruct", "--student", llama / "Llama-3.2-1B-Instruct",
+           "--data", "builtin", "--batch-size", 2, "--set", "train.accumulate=8", "--processes", 4)  # fmt: skip
+    whole, shards = planned(*run), planned(*run, "--set", "train.shard=full")
+    total, ends, layer = 1_235_814_400, 128_256 * 2048 + 2048, 60_821_504
+    assert total == ends + 16 * layer
+    for part, size in (("student_weights", 4), ("gradients", 4), ("optimizer", 8)):
+        assert (whole["memory"][part], shards["memory"][part]) == (size * total, size * total // 4)
+    assert "gathered_weights" not in whole["memory"]
+    assert shards["memory"]["gathered_weights"] == pytest.approx(4 * (2 * ends + 3 * layer), rel=1e-3)
+    assert shards["memory"]["rollout_weights"] == whole["memory"]["rollout_weights"]
+    # Two passes of two sequences: the weights twice and the gradients once in each.
+    assert shards["processes"]["network_bytes"] == round(2 * 3 * 4 * total * 3 / 4)
+
+
 def test_steps_per_epoch_without_a_tokenizer(configs, planned):
     """Check that only full batches count, 2 for 20 rows by 8, but at least one."""
     pair = ("--teacher", configs / "gpt2-xl", "--student", configs / "gpt2", "--data", "builtin", "--epochs", 3)
