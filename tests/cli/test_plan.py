@@ -17,7 +17,7 @@ from distillm_cli.models.cpu.packed import can_pack
 from distillm_cli.models.shapes import sizes
 from distillm_cli.runs import costs
 from tests import tiny
-from tests.command_line import assert_error_line
+from tests.command_line import assert_error_line, call
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024}
 OPT = {"model_type": "opt", "vocab_size": 50272, "max_position_embeddings": 2048}
@@ -637,3 +637,15 @@ def test_bf16_teacher_on_cpu_has_packed_weights(configs, planned):
     assert layouts("gpt2-medium", "cpu", "fp32") is None
     assert layouts("gpt2-xl", "cpu") is None, "too large for a second copy"
     assert layouts("facebook/opt-125m", "cpu") is None, "no hand-written forward pass for OPT"
+
+
+def test_work_of_servers_is_not_counted_and_they_are_not_asked(capsys):
+    own = call(capsys, "plan", "--recipe", "quickstart", "--json")[1]
+    servers = ["--teacher-server", "http://127.0.0.1:9", "--rollout-server", "http://127.0.0.1:9"]
+    code, served, err = call(capsys, "plan", "--recipe", "quickstart", *servers, "--json")
+    assert code == 0, err
+    assert served["memory"]["teacher_weights"] < own["memory"]["teacher_weights"] / 10, "the head alone"
+    assert "rollout_cache" in own["memory"]
+    assert "rollout_cache" not in served["memory"]
+    for source in ("dataset", "rollout"):
+        assert served["step_flops"][source] < own["step_flops"][source]
