@@ -110,11 +110,12 @@ class Sampler(Protocol):
 def sample_together(sampler: Sampler, prompts: SequenceOf[Sequence], step: int) -> list[Rollout]:
     """Return a response to each prompt. Each process samples a share of them, and all return all.
 
-    Each row has its own randomness, so the responses do not depend on the number of processes.
+    Each row has its own randomness, so the responses do not depend on the number of processes. If a server does the work
+    (``is_remote``), the first process asks it for all responses.
     """
     dist = world()
-    if dist.size == 1:
-        return sampler.sample(prompts, step)
+    if dist.size == 1 or getattr(sampler, "is_remote", False):
+        return dist.broadcast(lambda: sampler.sample(prompts, step))
 
     def sample_share(places: list[int]) -> list[tuple[np.ndarray, Tensor | None]]:
         sampled = sampler.sample([prompts[i] for i in places], step, places)

@@ -71,9 +71,9 @@ class ServerSampler:
 
     config, max_length, seed, steps, by_row: as for ``ModelSampler``. The random numbers are the server's own, so other
     outputs are drawn than by the built-in sampler, except at temperature 0.
-
-    On several processes, one of them calls ``synchronize``, and then each calls ``ask`` for its share of the prompts.
     """
+
+    is_remote = True
 
     def __init__(
         self,
