@@ -27,7 +27,6 @@ from distillm_cli.models.composite import freeze_rest, is_composite
 from distillm_cli.models.model_families import context_of
 from distillm_cli.models.pair import check_architectures, check_vocabularies, resolve_device, resolve_dtype
 from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, weight_bytes
-from distillm_cli.models.unloaded import UnloadedTeacher
 from distillm_cli.runs import costs, gpus
 from distillm_cli.runs.cache_planning import CachePlan, check_rows, disk_free, plan_cache, workload_of
 from distillm_cli.runs.cache_size import CacheWorkload, uses_rows
@@ -126,7 +125,7 @@ def plan_prepared(run: Prepared, resolved: Resolved) -> dict[str, Any]:
         cached_bytes=cached_bytes,
         caches_rows=cache_plan is not None and bool(cache_plan.size.rows),
         caches_samples=cache_plan is not None and cache_plan.mode != "off",
-        has_head_only=isinstance(run.pair.teacher, UnloadedTeacher) and not run.pair.teacher.is_whole,
+        has_head_only=run.pair.teacher is not None and not run.pair.teacher.is_whole,
     )
     workload = _with_stages(workload, resolved)
     dtypes = {"student": run.student.model.dtype, "teacher": None if teacher is None else teacher.dtype}
