@@ -90,7 +90,7 @@ class StoredRows(SequenceOf[Row]):
         return Row(**found)
 
 
-def write_rows(rows: Iterable[Row], directory: Path, listener: Listener, what: str) -> list[str]:
+def store_rows(rows: Iterable[Row], directory: Path, listener: Listener, what: str) -> list[str]:
     """Write the rows' files, one row in memory at a time; return the names of the formats.
 
     what: of the source, for messages. Raises DataError for a row with values that JSON cannot represent.
@@ -116,7 +116,7 @@ def write_rows(rows: Iterable[Row], directory: Path, listener: Listener, what: s
 
 
 def map_rows(directory: Path, formats: SequenceOf[str], key: str) -> StoredRows:
-    """Return the rows of a store, memory-mapped. formats: as ``write_rows`` returned them. key: of the store."""
+    """Return the rows of a store, memory-mapped. formats: as ``store_rows`` returned them. key: of the store."""
     return StoredRows(mapped(directory / TEXT, np.uint8), mapped(directory / INDEX, _INDEX), formats, key)
 
 

@@ -17,7 +17,7 @@ from distillm_cli.config.schema import ColumnsConfig, DataConfig
 from distillm_cli.data.files import UnreadableRecord
 from distillm_cli.data.formats import readable_columns
 from distillm_cli.data.locations import DataSource, find_source, is_path, local_path, path_kind, user_path
-from distillm_cli.data.row_store import StoredRows, kinds_of, map_rows, pick, prompt_keys, write_rows
+from distillm_cli.data.row_store import StoredRows, kinds_of, map_rows, pick, prompt_keys, store_rows
 from distillm_cli.data.rows import BadRow, Row, Split, read_row
 from distillm_cli.data.store import fingerprint, key_of, open_or_make
 from distillm_cli.errors import DataError, StorageError
@@ -351,7 +351,7 @@ class TrainingStore:
             formats: list[str] = []
 
             def collect(rows: Iterable[Row]) -> SequenceOf[Row]:
-                formats.extend(write_rows(rows, directory, listener, what))
+                formats.extend(store_rows(rows, directory, listener, what))
                 return map_rows(directory, formats, key)
 
             made = read(collect)

@@ -27,7 +27,7 @@ from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.utils.storage import atomic_directory, flush, locked, storing, sweep
 
 STORE_FORMAT = 1
-METADATA = "store.json"
+STORE_FILE = "store.json"
 _ALTERNATIVES = "choose another --set data.store_dir=DIR, or --set data.store=off"
 _LIBRARIES = ("transformers", "tokenizers", "jinja2", "numpy")  # whose versions may change rows or token ids
 
@@ -119,7 +119,7 @@ def _sha256_of(path: Path, *_: int) -> str:
 def _open(directory: Path, key: str) -> Store:
     """Return an existing store, after its files were compared with their SHA-256. Raises _Unusable."""
     try:
-        metadata = json.loads((directory / METADATA).read_text(encoding="utf-8"))
+        metadata = json.loads((directory / STORE_FILE).read_text(encoding="utf-8"))
         if metadata["format"] != STORE_FORMAT or metadata["key"] != key:
             raise _Unusable("it is of other rows, settings or another version")
         for name, (size, digest) in metadata["files"].items():
@@ -132,7 +132,7 @@ def _open(directory: Path, key: str) -> Store:
     except OSError as error:
         raise _Unusable(f"{Path(error.filename or directory).name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise _Unusable(f"{METADATA} is not of a store") from None
+        raise _Unusable(f"{STORE_FILE} is not of a store") from None
 
 
 def _write_metadata(staged: Path, key: str, facts: dict[str, Any]) -> None:
@@ -142,14 +142,14 @@ def _write_metadata(staged: Path, key: str, facts: dict[str, Any]) -> None:
         flush(path)
         files[path.name] = [path.stat().st_size, sha256_of(path)]
     metadata = {"format": STORE_FORMAT, "key": key, "files": files, "facts": facts}
-    (staged / METADATA).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
-    flush(staged / METADATA)
+    (staged / STORE_FILE).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+    flush(staged / STORE_FILE)
 
 
 def _check_nothing_else(directory: Path) -> None:
     """Raise StorageError if a directory that is to be replaced has files that are not part of a store."""
     names = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-    if others := [name for name in names if name != METADATA and not name.endswith(".bin")]:
+    if others := [name for name in names if name != STORE_FILE and not name.endswith(".bin")]:
         raise StorageError(
             "storage.not_a_cache",
             f"{directory} contains other files than stored rows ({others[0]}) and is not replaced",

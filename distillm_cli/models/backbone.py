@@ -42,6 +42,7 @@ from distillm_cli.utils.modules import eval_mode, weights_fingerprint
 
 if TYPE_CHECKING:
     from distillm_cli.models.lora import Adapter
+    from distillm_cli.models.unloaded import TeacherRecord
 
 # Random models have logits too small to reveal a soft cap, so the head is also checked at this magnitude.
 _PROBE = 50.0
@@ -102,6 +103,7 @@ class Backbone(nn.Module):
     """
 
     is_served = False  # whether a server computes its states, so that it cannot generate or be trained here
+    record: TeacherRecord | None = None  # of a model of which only the head was loaded (``models/unloaded.py``)
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocab: int | None = None):
         super().__init__()
@@ -444,6 +446,16 @@ class Backbone(nn.Module):
     def on_device(self) -> AbstractContextManager[None]:
         """Return a context inside which the weights are on ``device``. They are, unless they are offloaded."""
         return nullcontext()
+
+    @property
+    def is_whole(self) -> bool:
+        """Return whether the whole model is loaded, and not its head alone."""
+        return True
+
+    @property
+    def whole(self) -> Backbone:
+        """Return the whole model. If only the head is loaded, the rest is loaded now."""
+        return self
 
     @property
     def is_dispatched(self) -> bool:

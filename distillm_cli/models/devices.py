@@ -89,6 +89,21 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in _DTYPES.items() if known == dtype)
 
 
+def check_offload(recipe: schema.Recipe, device: torch.device) -> None:
+    """Raise UsageError for an offload from host memory to itself."""
+    train = recipe.train
+    is_set = {
+        "teacher.offload": recipe.teacher.offload and recipe.method != "sft",
+        "train.offload_activations": train.offload_activations and train.gradient_checkpointing,
+    }
+    for key in (key for key, value in is_set.items() if value and device.type == "cpu"):
+        raise UsageError(
+            "usage.nothing_to_offload",
+            f"{key}: the run is on the CPU, whose memory is host memory",
+            hint=f"try --set {key}=false",
+        )
+
+
 def check_quantize(quantize: str, device: torch.device, key: str = "teacher.quantize") -> None:
     """Raise ModelError if weights cannot be quantized: without CUDA, or without bitsandbytes. key: of the field."""
     if quantize == "none":

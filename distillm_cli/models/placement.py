@@ -20,26 +20,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from distillm_cli.config.schema import Recipe, TeacherConfig
-from distillm_cli.errors import UsageError
+from distillm_cli.config.schema import TeacherConfig
 from distillm_cli.models.backbone import Backbone, Head
 from distillm_cli.types import Batch
 from distillm_cli.utils.modules import weights_fingerprint
-
-
-def check_offload(recipe: Recipe, device: torch.device) -> None:
-    """Raise UsageError for an offload from host memory to itself."""
-    train = recipe.train
-    is_set = {
-        "teacher.offload": recipe.teacher.offload and recipe.method != "sft",
-        "train.offload_activations": train.offload_activations and train.gradient_checkpointing,
-    }
-    for key in (key for key, value in is_set.items() if value and device.type == "cpu"):
-        raise UsageError(
-            "usage.nothing_to_offload",
-            f"{key}: the run is on the CPU, whose memory is host memory",
-            hint=f"try --set {key}=false",
-        )
 
 
 def dispatch_arguments(teacher: TeacherConfig, device: torch.device) -> dict[str, Any] | None:

@@ -61,7 +61,7 @@ class UnloadedTeacher(Backbone):
         self, skeleton: Backbone, head: Head, record: TeacherRecord, load: Callable[[], Backbone], device: torch.device
     ):
         super().__init__(skeleton.model, skeleton.tokenizer)
-        self.record = record
+        self.record: TeacherRecord = record
         self._own_head = head
         self._device = device
         self._load = load
@@ -73,7 +73,6 @@ class UnloadedTeacher(Backbone):
 
     @property
     def whole(self) -> Backbone:
-        """Return the whole model, which is loaded at the first call."""
         if not self._whole:
             loaded = self._load()
             loaded.tokenizer = self.tokenizer
@@ -84,7 +83,6 @@ class UnloadedTeacher(Backbone):
 
     @property
     def is_whole(self) -> bool:
-        """Return whether the whole model has been loaded."""
         return bool(self._whole)
 
     @property
@@ -147,7 +145,7 @@ def find_record(root: Path, path: str, dtype: torch.dtype) -> TeacherRecord | No
 
 
 @in_first_process
-def write_record(root: Path, path: str, teacher: Backbone, digest: str, state_bytes: int) -> None:
+def record_teacher(root: Path, path: str, teacher: Backbone, digest: str, state_bytes: int) -> None:
     """Record the teacher of a cache in ``root``, if its weights are in local files and its head is one of their tensors."""
     files = None if teacher.own_logits or teacher.is_quantized or teacher.is_encoder_decoder else _weight_files(path)
     if files is None:

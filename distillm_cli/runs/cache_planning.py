@@ -17,7 +17,6 @@ from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import Recipe
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.errors import Interrupted, UsageError, signal_number
-from distillm_cli.models.unloaded import UnloadedTeacher, write_record
 from distillm_cli.runs.build import new_scheduler
 from distillm_cli.runs.cache_size import CacheSize, CacheWorkload, uses_rows
 from distillm_cli.runs.prepare import Prepared, new_order, prepare
@@ -127,7 +126,7 @@ def open_teacher(
             max_rows=run.recipe.train.batch_size,
             pass_overhead=run.pass_overhead,
         )
-    if cache_plan.disk is not None and isinstance(model, UnloadedTeacher) and not model.is_whole:
+    if cache_plan.disk is not None and not model.is_whole:
         listener(Note("loaded only the teacher's head: all of its states are cached"))
     schedule = new_scheduler(run)
     samples = schedule.config.uses_student_outputs or schedule.config.uses_teacher_samples
@@ -283,12 +282,10 @@ def _disk_cache(run: Prepared, workload: CacheWorkload) -> DiskCache:
 
 def _teacher_digest(teacher: Backbone) -> str:
     """Return the teacher's digest: the recorded one if only its head is loaded."""
-    if isinstance(teacher, UnloadedTeacher):
-        recorded = teacher.record.digests.get(str(teacher.vocab))
-        if recorded is not None:
-            return recorded
-        teacher = teacher.whole
-    return teacher_cache.teacher_digest(teacher, _config_json(teacher))
+    recorded = None if teacher.record is None else teacher.record.digests.get(str(teacher.vocab))
+    if recorded is not None:
+        return recorded
+    return teacher_cache.teacher_digest(teacher.whole, _config_json(teacher.whole))
 
 
 def _planned_on_disk(run: Prepared, disk: DiskCache, workload: CacheWorkload) -> CachePlan:
@@ -320,9 +317,12 @@ def _read_or_compute(
                 rebuild=rebuild,
             )
     table = teacher_cache.read_cache(disk.place, disk.key, sequences, listener)
-    if disk.place != _root(run) and not isinstance(run.teacher, UnloadedTeacher):
+    known = {} if run.teacher.record is None else run.teacher.record.digests
+    if disk.place != _root(run) and str(run.teacher.vocab) not in known:
+        from distillm_cli.models.unloaded import record_teacher
+
         path = str(run.recipe.teacher.path)
-        write_record(_root(run), path, run.teacher, disk.key.teacher, _bytes_per_token(run))
+        record_teacher(_root(run), path, run.teacher.whole, disk.key.teacher, _bytes_per_token(run))
     return table, not is_new, teacher.tokens
 
 
@@ -347,7 +347,7 @@ def _validation_rows(run: Prepared) -> SequenceOf[Sequence]:
 
 def _bytes_per_token(run: Prepared) -> int:
     """Return the bytes of one token's state, measured: for some models it is the logits, in a dtype of their own."""
-    if isinstance(run.teacher, UnloadedTeacher):
+    if run.teacher.record is not None:
         return run.teacher.record.state_bytes
     state_ND = _one_state(run)
     return state_ND.shape[1] * state_ND.element_size()

@@ -42,11 +42,10 @@ from distillm_cli.extras.disco import (
 )
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models.activations import offload_activations
-from distillm_cli.models.devices import dtype_name, resolve_device, resolve_dtype
+from distillm_cli.models.devices import check_offload, dtype_name, resolve_device, resolve_dtype
 from distillm_cli.models.layers import build_trunk_from_layers
 from distillm_cli.models.loading import read_config
 from distillm_cli.models.model_paths import locate_model
-from distillm_cli.models.placement import check_offload
 from distillm_cli.models.sentence import (
     SentenceEncoder,
     check_vocabulary,

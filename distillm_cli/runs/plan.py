@@ -27,7 +27,6 @@ from distillm_cli.models.composite import freeze_rest, is_composite
 from distillm_cli.models.model_families import context_of
 from distillm_cli.models.pair import check_architectures, check_vocabularies, resolve_device, resolve_dtype
 from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, weight_bytes
-from distillm_cli.models.unloaded import UnloadedTeacher
 from distillm_cli.runs import costs, gpus
 from distillm_cli.runs.cache_planning import CachePlan, check_rows, disk_free, plan_cache, workload_of
 from distillm_cli.runs.cache_size import CacheWorkload, uses_rows
@@ -153,7 +152,7 @@ def _prepared_workload(run: Prepared, processes: int) -> tuple[costs.Workload, C
         cached_bytes={} if cache_plan is None else cache_plan.size.in_memory(cache_plan.mode),
         caches_rows=cache_plan is not None and bool(cache_plan.size.rows),
         caches_samples=cache_plan is not None and cache_plan.mode != "off",
-        has_head_only=isinstance(run.pair.teacher, UnloadedTeacher) and not run.pair.teacher.is_whole,
+        has_head_only=run.pair.teacher is not None and not run.pair.teacher.is_whole,
         processes=processes,
     )
     return workload, cache_plan

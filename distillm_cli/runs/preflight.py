@@ -111,7 +111,7 @@ def check_strict(findings: SequenceOf[Finding], *, strict: bool) -> None:
 def probe(run: Prepared, listener: Listener) -> list[Answers]:
     """Return the greedy answers of student and teacher to a few held-out prompts, or to training prompts without any."""
     rows = run.answered[:_PROBED_ROWS] or run.train.sequences[:_PROBED_ROWS]
-    loaded = {name: model for name, model in run.pair.models.items() if not _is_unloaded(model)}
+    loaded = {name: model for name, model in run.pair.models.items() if model.is_whole}
     models = {name: model for name, model in loaded.items() if not _cannot_decode(model, name, listener)}
     tokenizer = run.pair.tokenizer
     found = [Answers(str(tokenizer.decode(row.prompt)), {}, {}) for row in rows]
@@ -120,13 +120,6 @@ def probe(run: Prepared, listener: Listener) -> list[Answers]:
             answers.answers[name] = text
             answers.ended[name] = has_ended
     return found if models else []
-
-
-def _is_unloaded(model: Backbone) -> bool:
-    """Return whether only the model's head is loaded, because its states are cached on disk."""
-    from distillm_cli.models.unloaded import UnloadedTeacher
-
-    return isinstance(model, UnloadedTeacher) and not model.is_whole
 
 
 def _cannot_decode(model: Backbone, name: str, listener: Listener) -> bool:
@@ -267,7 +260,7 @@ def _teacher(run: Prepared) -> Iterator[Finding]:
     rows = run.answered[:_MEASURED_ROWS]
     ends = np.cumsum([len(row) for row in rows])
     rows = [row for row, end in zip(rows, ends, strict=True) if end <= _MEASURED_TOKENS] or rows[:1]
-    if teacher is None or not rows or run.recipe.has_random_teacher or _is_unloaded(teacher):
+    if teacher is None or not rows or run.recipe.has_random_teacher or not teacher.is_whole:
         return
     losses = {name: _loss(run, model, rows) for name, model in run.pair.models.items()}
     where = f"cross-entropy of {counted(len(rows), 'held-out row')}"

@@ -26,12 +26,10 @@ from distillm_cli.data.token_ids import Affixes
 from distillm_cli.data.token_store import open_tokens
 from distillm_cli.errors import DataError, ModelError
 from distillm_cli.models import router
-from distillm_cli.models.activations import checkpoint_activations
 from distillm_cli.models.chat_format import add_stop_tokens, generation_config
 from distillm_cli.models.composite import copy_processor, is_composite
-from distillm_cli.models.devices import resolve_device, resolve_dtype
+from distillm_cli.models.devices import check_offload, resolve_device, resolve_dtype
 from distillm_cli.models.model_families import longrope_bound
-from distillm_cli.models.placement import check_offload
 from distillm_cli.models.shared import save_plain
 from distillm_cli.models.tokenizer_files import TokenizerCache, quiet
 from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
@@ -222,7 +220,8 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
     tokenizers = TokenizerCache()
     expected = _expected_tokenizer(recipe, tokenizers)
     prefetcher.expect(expected, {"train": train_rows, "valid": valid_rows})
-    # Imported here because it is slow: the rows are tokenized meanwhile.
+    # Imported here because they are slow: the rows are tokenized meanwhile.
+    from distillm_cli.models.activations import checkpoint_activations
     from distillm_cli.models.pair import load_pair
 
     resume_garbage_collection()

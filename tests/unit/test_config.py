@@ -849,6 +849,9 @@ BOUND = {
     "student.sft_epochs",
     "student.sft_lr",
     "student.lora_output",
+    "student.quantize",
+    "teacher.device_map",
+    "teacher.offload",
     "student.ptp",
     "student.ptp_lr",
 }

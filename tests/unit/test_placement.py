@@ -8,8 +8,9 @@ from torch import nn
 
 from distillm_cli.config.schema import Recipe, TeacherConfig
 from distillm_cli.models.activations import saved_in_host_memory
+from distillm_cli.models.devices import check_offload
 from distillm_cli.models.loading import load_backbone
-from distillm_cli.models.placement import PlacedTeacher, check_offload, dispatch_arguments
+from distillm_cli.models.placement import PlacedTeacher, dispatch_arguments
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.teachers.teacher_cache import teacher_digest
 from tests import tiny

@@ -18,7 +18,7 @@ from distillm_cli.data.batching import Order, tokenize
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.rows import Row
 from distillm_cli.data.sources import load_rows, overlap
-from distillm_cli.data.store import METADATA, fingerprint, key_of, open_or_make
+from distillm_cli.data.store import STORE_FILE, fingerprint, key_of, open_or_make
 from distillm_cli.data.token_store import open_tokens
 from distillm_cli.training.events import Note, Progress, Warned
 from distillm_cli.types import Rollout, lengths_of, rows_digest, supervised_of
@@ -195,16 +195,16 @@ def damage_edit(store: Path) -> None:
 
 
 def damage_metadata(store: Path) -> None:
-    (store / METADATA).write_text("[]")
+    (store / STORE_FILE).write_text("[]")
 
 
 def damage_foreign(store: Path) -> None:
-    metadata = json.loads((store / METADATA).read_text())
-    (store / METADATA).write_text(json.dumps(metadata | {"key": "0" * 64}))
+    metadata = json.loads((store / STORE_FILE).read_text())
+    (store / STORE_FILE).write_text(json.dumps(metadata | {"key": "0" * 64}))
 
 
 def damage_missing(store: Path) -> None:
-    (store / METADATA).unlink()
+    (store / STORE_FILE).unlink()
 
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_edit, damage_metadata, damage_foreign, damage_missing])
@@ -230,7 +230,7 @@ def test_other_files_in_the_place_of_a_store_are_not_removed(tmp_path):
     data = data_of(write(tmp_path / "rows.jsonl", RECORDS["prompts"]))
     load(data)
     store = next((tmp_path / "store").glob("rows-*"))
-    (store / METADATA).unlink()
+    (store / STORE_FILE).unlink()
     (store / "thesis.txt").write_text("important")
     with raises_code("storage.not_a_cache", "thesis.txt"):
         load(data)
@@ -287,9 +287,9 @@ def test_only_local_files_are_stored(tmp_path):
 def test_values_that_json_changes_are_refused(tmp_path):
     row = Row(messages=[{"role": "user", "content": "q", "n": (1, 2)}], where="a row 1")
     with raises_code("data.cannot_store", "a row 1"):
-        row_store.write_rows([row], tmp_path, lambda event: None, "a")
+        row_store.store_rows([row], tmp_path, lambda event: None, "a")
     with raises_code("data.cannot_store", "a row 1"):
-        row_store.write_rows([replace(row, messages=[{"n": b"x"}])], tmp_path, lambda event: None, "a")
+        row_store.store_rows([replace(row, messages=[{"n": b"x"}])], tmp_path, lambda event: None, "a")
 
 
 def test_errors_of_rows_leave_no_store(tmp_path):
