@@ -371,7 +371,7 @@ def lone_error(error: BaseException) -> BaseException:
     if is_exchanged(error):
         return error
     if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-        return _marked(_peer_error(error))
+        return _marked(_peer_error())
     if isinstance(error, RuntimeError | MemoryError) and out_of_memory(error):
         hint = "continue with --resume and a smaller --batch-size, or in more processes"
         error = OutOfMemoryError("memory.exhausted", f"out of memory in process {world().rank}", hint=hint)
