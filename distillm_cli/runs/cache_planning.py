@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,7 +115,7 @@ def open_teacher(
     elif cache_plan.size.rows:
         _warn_if_short_of_memory(cache_plan, listener)
         order = new_order(run.recipe, run.train)  # not the run's: an order has the state of one epoch
-        rows = HiddenStateTable.shared(run.train.sequences, _one_state(run))
+        rows = HiddenStateTable.shared(run.train.sequences, partial(_one_state, run))
         composition = BatchComposition(
             lambda step: [run.train.sequences[i] for i in order.batch(step)],
             steps=order.steps_per_epoch,
@@ -131,7 +132,7 @@ def open_teacher(
         rows=rows,
         composition=composition,
         caches_rollouts=workload.rollouts_repeat or workload.samples_repeat,
-        validation=HiddenStateTable.shared(validation, _one_state(run)) if validation else None,
+        validation=HiddenStateTable.shared(validation, partial(_one_state, run)) if validation else None,
         # Quantized weights are not plain tensors that could be released one by one.
         releases_model=rows is not None
         and not (samples or model.is_quantized or run.recipe.runs_teacher_on_embeddings),

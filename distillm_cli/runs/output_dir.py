@@ -13,7 +13,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -247,12 +247,12 @@ def check_shared(output: Path) -> None:
     dist = world()
     if dist.size == 1:
         return
-    probe = Path(dist.broadcast(lambda: tempfile.mkstemp(prefix=PROBE, dir=output)[1]))
-    try:
-        seen = dist.gather(probe.exists)
-    finally:
-        if dist.is_first:
-            probe.unlink(missing_ok=True)
+    with ExitStack() as stack:
+
+        def new_probe() -> Path:
+            return Path(stack.enter_context(tempfile.NamedTemporaryFile(prefix=PROBE, dir=output)).name).resolve()
+
+        seen = dist.gather(dist.broadcast(new_probe).exists)
     if not all(seen):
         what = f"process {seen.index(False)} does not see the output directory {output}"
         hint = "choose an --output on a file system that all machines share"

@@ -246,13 +246,14 @@ class HiddenStateTable:
         self.written: list[int] = []
 
     @classmethod
-    def shared(cls, sequences: SequenceOf[Sequence], like_ND: Tensor) -> HiddenStateTable:
+    def shared(cls, sequences: SequenceOf[Sequence], like: Callable[[], Tensor]) -> HiddenStateTable:
         """Return an empty table, in memory that the processes of a machine share. Every process calls it.
 
-        like_ND: states of the same width and dtype.
+        like: returns states of the same width and dtype.
         """
         table = cls(sequences)
         if world().size > 1:
+            like_ND = like()
             table.table_ND = shared_table(table._spans[-1][1], like_ND.shape[1], like_ND.dtype)
         return table
 

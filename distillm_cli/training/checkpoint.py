@@ -197,7 +197,8 @@ def all_random_states(device: torch.device) -> dict[str, Tensor]:
 def restore_random_states(tensors: dict[str, Tensor], device: torch.device, rank: int = 0) -> None:
     """Restore what ``random_states`` returned in process ``rank``. A process that did not exist keeps its own state."""
     prefix = f"random.{rank}" if rank else "random"
-    if f"{prefix}.cpu" in tensors:
-        torch.set_rng_state(tensors[f"{prefix}.cpu"])
+    if rank and f"{prefix}.cpu" not in tensors:
+        return
+    torch.set_rng_state(tensors[f"{prefix}.cpu"])
     if f"{prefix}.cuda" in tensors and device.type == "cuda":
         torch.cuda.set_rng_state(tensors[f"{prefix}.cuda"], device)

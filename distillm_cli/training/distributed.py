@@ -213,7 +213,7 @@ class World:
             sites = ", ".join(f"{rank}: {site}" for rank, (site, _, _) in enumerate(found))
             raise _marked(
                 PeerProcessError(
-                    "process.out_of_step", "the processes are at different places", where=sites, hint="report this"
+                    "process.out_of_step", "the processes do different things", where=sites, hint="report it"
                 )
             )
         return [value if rank == self.rank else other for rank, (_, other, _) in enumerate(found)]
@@ -281,11 +281,13 @@ def joined() -> Iterator[World]:
             yield _current
         return
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UsageError(
-            "usage.deepspeed",
-            "a run in several processes does not use DeepSpeed",
-            where="configuration of accelerate",
-            hint="choose multi-GPU or FSDP in `accelerate config`, or use torchrun",
+        raise _marked(
+            UsageError(
+                "usage.deepspeed",
+                "a run in several processes does not use DeepSpeed",
+                where="configuration of accelerate",
+                hint="choose multi-GPU or FSDP in `accelerate config`, or use torchrun",
+            )
         )
     import torch
 
@@ -306,7 +308,9 @@ def _join() -> World:
     import torch
     from accelerate import PartialState
 
-    has_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    # With fewer GPUs than processes the choice of a device raises the error, or it is the CPU.
+    has_gpu = torch.cuda.is_available() and local_processes() <= torch.cuda.device_count()
+    has_gpu = has_gpu and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
     if not torch.distributed.is_initialized():
         try:
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=_TIMEOUT)
