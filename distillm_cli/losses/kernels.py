@@ -59,7 +59,7 @@ def choose_kernel(
 ) -> tuple[str, str]:
     """Return the name of the kernel to use, and a sentence about it.
 
-    name: of ``train.loss_kernel``. student, teacher: heads, on the device of the run. divergence: of the run. dtype: of the
+    name: ``train.loss_kernel``. student, teacher: heads, on the device of the run. divergence: of the run. dtype: of the
     student's products. ``auto`` does not use a kernel that fails or whose results differ, and the sentence names the
     reason. Raises UsageError for one that was requested by name.
     """

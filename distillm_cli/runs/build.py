@@ -21,7 +21,7 @@ from distillm_cli.losses.extra import Extra
 from distillm_cli.losses.fused import Kernel
 from distillm_cli.losses.kernels import KERNELS, choose_kernel
 from distillm_cli.losses.student_loss import StudentLoss
-from distillm_cli.models.sharding import ShardedStudent, check_can_shard, is_sharded
+from distillm_cli.models.sharded_student import ShardedStudent, check_can_shard, is_sharded
 from distillm_cli.rollouts.interleaved import InterleavedSampler
 from distillm_cli.rollouts.mixture import MixtureSampler
 from distillm_cli.rollouts.pool import ResponseTable, SequencePool

@@ -1,7 +1,7 @@
 """Define what the training loop needs to know of a student whose weights are distributed over the processes.
 
-Such a student (``models/sharding.py``) gathers the weights of a layer when the layer runs, which every process has to do at
-the same time. So all processes make the same number of passes: one without work makes an idle one.
+Such a student (``models/sharded_student.py``) gathers the weights of a layer when the layer runs, which every process has
+to do at the same time. So all processes make the same number of passes: one without work makes an idle one.
 """
 
 from __future__ import annotations

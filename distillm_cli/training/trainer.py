@@ -141,8 +141,7 @@ class Trainer:
                     total += self._forward_backward(
                         batches, hidden_ND, weights, per_token, 1 / count, micro.source, extra
                     )
-                for batch in self._idle_passes(micro_batches):
-                    self._forward_backward([batch], None, CROSS_ENTROPY, None, 0.0, Source.DATASET, {})
+                self._make_idle_passes(micro_batches)
                 if self.teacher is not None:
                     self.teacher.exchange(sequences, self.run.device)
                 loss, grad_norm = self._clip(total)
@@ -234,6 +233,11 @@ class Trainer:
             return []
         shortest = min((s for micro in micro_batches for group in micro.groups for s in group), key=len)
         return [collate([shortest]).to(self.run.device)] * self.dist.idle_turns(len(micro_batches))
+
+    def _make_idle_passes(self, micro_batches: list[MicroBatch]) -> None:
+        """Make the training passes of ``_idle_passes``, whose gradients are 0."""
+        for batch in self._idle_passes(micro_batches):
+            self._forward_backward([batch], None, CROSS_ENTROPY, None, 0.0, Source.DATASET, {})
 
     def _with_freshness(self, weights: TokenWeights | None, micro: MicroBatch) -> TokenWeights:
         """Return the weights of a micro-batch of replayed outputs, with those of ``schedule.freshness``."""

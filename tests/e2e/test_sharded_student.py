@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.models.sharding import ShardedStudent, _blocks
+from distillm_cli.models.sharded_student import ShardedStudent, _blocks
 from distillm_cli.training.distributed import joined, world
 from distillm_cli.training.sharding import full_tensor, gathered, like
 from tests import tiny
