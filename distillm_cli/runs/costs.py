@@ -387,10 +387,12 @@ _SAMPLING_PARTS = ("rollout_weights", "rollout_cache", "teacher_rollout_cache")
 def peak_memory(parts: Mapping[str, int], device: str) -> int:
     """Return the peak memory in bytes. A step, the sampling before it and an offloaded teacher's pass do not overlap.
 
-    On a CPU all parts add up: the allocator keeps freed memory for tensors of the same sizes (`host.keep_freed_memory`).
+    Parts named ``host_…`` are not on the device. On a CPU all parts add up: the allocator keeps freed memory for tensors of
+    the same sizes (`host.keep_freed_memory`).
     """
     if device == "cpu":
         return sum(parts.values())
+    parts = {name: size for name, size in parts.items() if not name.startswith("host_")}
     phases = [sum(parts.get(name, 0) for name in names) for names in (_STEP_PARTS, _SAMPLING_PARTS, _TEACHER_PARTS)]
     return sum(parts.values()) - sum(phases) + max(phases)
 

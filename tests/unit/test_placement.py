@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from distillm_cli.config.schema import Recipe, TeacherConfig
+from distillm_cli.config.schema import Recipe, TeacherConfig, TrainConfig
 from distillm_cli.models.activations import saved_in_host_memory
 from distillm_cli.models.devices import check_offload
 from distillm_cli.models.loading import load_backbone
 from distillm_cli.models.placement import PlacedTeacher, dispatch_arguments
+from distillm_cli.models.shapes import sizes
+from distillm_cli.runs import costs
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.teachers.teacher_cache import teacher_digest
+from distillm_cli.training.optimizer import build_optimizer, optimizer_tensors
 from tests import tiny
 from tests.codes import raises_code
 
@@ -115,3 +120,42 @@ def test_saved_tensors_are_in_host_memory_and_gradients_are_the_same():
     with saved_in_host_memory():
         module(inputs).square().sum().backward()
     assert all(torch.equal(p.grad, grad) for p, grad in zip(module.parameters(), expected, strict=True))
+
+
+def test_plan_counts_memory_by_its_place():
+    model = tiny.model("llama", 101, hidden_size=64, num_hidden_layers=4)
+    student = sizes(model)
+    teacher = replace(student, parameters=student.parameters | {"trainable": 0})
+    weights = 2 * student.parameters["total"]
+    head = 2 * 101 * 64
+
+    def memory(**sections):
+        recipe = Recipe.model_validate({"data": {"max_length": 64, "max_prompt_length": 32}, **sections})
+        run = costs.Workload(recipe, student, teacher, 101, costs.Lengths(64, 40, 20), itemsize=2)
+        parts = costs.memory(run)
+        return parts, costs.peak_memory(parts, "cuda")
+
+    plain, peak = memory()
+    assert plain["teacher_weights"] == weights
+    for fields, on_device in (
+        ({"offload": True}, {"teacher_head": head, "offloaded_teacher": weights}),
+        ({"device_map": "cpu"}, {"teacher_head": head}),
+        ({"device_map": "auto", "max_memory": 1e-5}, {"teacher_head": head, "teacher_weights": 10_000}),
+    ):
+        parts, placed_peak = memory(teacher=fields)
+        host = {"host_teacher_weights": weights - on_device.get("teacher_weights", 0)}
+        found = {name: size for name, size in parts.items() if name not in plain or name == "teacher_weights"}
+        assert found == {**on_device, **host}
+        assert placed_peak == peak - weights + head + on_device.get("teacher_weights", 0)
+    checkpointed, _ = memory(train={"gradient_checkpointing": True})
+    offloaded, _ = memory(train={"gradient_checkpointing": True, "offload_activations": True})
+    moved = checkpointed["activations"] - offloaded["activations"]
+    assert offloaded["host_activations"] == moved == 4 * 2 * 2 * 64 * 64 * 8
+    trainable = student.parameters["trainable"]
+    assert plain["optimizer"] == 8 * trainable
+    assert memory(train={"optimizer": "adamw_8bit"})[0]["optimizer"] == pytest.approx(2.03 * trainable, rel=1e-2)
+    optimizer = build_optimizer(model, TrainConfig(lr=1e-3, optimizer="adafactor"))
+    model(input_ids=torch.tensor([[1, 2]])).logits.sum().backward()
+    optimizer.step()
+    state = sum(tensor.numel() for tensor in optimizer_tensors(optimizer).values() if tensor.ndim)
+    assert memory(train={"optimizer": "adafactor"})[0]["optimizer"] == 4 * state
