@@ -367,6 +367,14 @@ def check_training(resolved: Resolved) -> list[str]:
     check_complete(resolved.recipe)
     notes = [note for note in (check_data(resolved), fitted_line(resolved)) if note is not None]
     world().check_same({"recipe": resolved.recipe.model_dump(mode="json")})
+    device_map = resolved.recipe.teacher.device_map
+    if world().size > 1 and resolved.recipe.method != "sft" and device_map in ("auto", "sequential"):
+        raise UsageError(
+            "usage.one_process",
+            f"teacher.device_map {device_map} would place the teacher of every process on all GPUs",
+            where=f"{world().size} processes",
+            hint="start it without a launcher, or try --set teacher.device_map=cpu, teacher.offload=true or a server",
+        )
     return notes
 
 
