@@ -25,7 +25,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-COLLECTIVES = ("all_gather_object", "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast")
+COLLECTIVES = (
+    "all_gather_object", "all_reduce", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor",
+    "all_gather_single", "reduce_scatter_single",  # the names of torch 2.13
+)  # fmt: skip
 ROLLOUTS = ("schedule.kind=on", "rollout.max_new_tokens=16", "rollout.bulk=4")
 CASES = {  # name → method and fields
     "rows, teacher cached": ("kd", ("teacher.cache=memory",)),
@@ -67,7 +70,8 @@ def worker(directory: Path, argv: list[str]) -> None:
 
     clock = Clock()
     for name in COLLECTIVES:
-        setattr(torch.distributed, name, clock.timed(getattr(torch.distributed, name)))
+        if hasattr(torch.distributed, name):
+            setattr(torch.distributed, name, clock.timed(getattr(torch.distributed, name)))
     step = Trainer.train_step
     steps: list[tuple[float, float]] = []  # seconds of each step, and those in collectives
 
