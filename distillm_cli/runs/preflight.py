@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from distillm_cli.data.batching import batches_by_length
 from distillm_cli.data.rows import Row
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.losses.objectives import CrossEntropy
@@ -38,6 +39,7 @@ Severity = Literal["warning", "note"]
 _READ_ROWS = 100_000  # of which texts are checked
 _MEASURED_ROWS = 32  # held-out rows on which the losses of both models are compared, …
 _MEASURED_TOKENS = 4096  # … of at most this many tokens, apart from the first row
+_MEASURED_AT_ONCE = 8  # rows of a pass
 _PROBED_ROWS = 8  # prompts that both models answer
 _PROBED_TOKENS = 64  # of an answer
 _MANY = 0.05  # share of rows above which a finding is a warning
@@ -283,8 +285,8 @@ def _loss(run: Prepared, model: Backbone, rows: SequenceOf[Sequence]) -> float:
     module = StudentLoss(model, CrossEntropy())
     total = tokens = 0.0
     with eval_mode(module):
-        for row in rows:  # one by one: least memory, and the same value as in any batch
-            loss, count = module([collate([row]).to(run.device)], None, CROSS_ENTROPY)
+        for batch in batches_by_length(rows, _MEASURED_AT_ONCE):
+            loss, count = module([collate(batch).to(run.device)], None, CROSS_ENTROPY)
             total += loss.item()
             tokens += count.item()
     return total / tokens
