@@ -118,7 +118,9 @@ class ServedTeacher(Backbone):
             ids = batch.ids_BT[0].cpu().numpy().astype("int32")
             inside = collate([Sequence(ids[:1], ids[1:])]).to(self.device)
             head = self.model.get_output_embeddings()
-            whole = Head(head.weight, getattr(head, "bias", None), self.head_scale, self.head_softcap)  # as the server's
+            whole = Head(
+                head.weight, getattr(head, "bias", None), self.head_scale, self.head_softcap
+            )  # as the server's
             difference = (self._log_probs(inside, whole).cpu() - torch.tensor(own)).abs().mean().item()
             if not difference <= nats:
                 raise self._other_model(f"its log-probabilities differ from the head's by {difference:.2g} nats")

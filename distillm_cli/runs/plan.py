@@ -30,7 +30,7 @@ from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, si
 from distillm_cli.runs import costs, gpus
 from distillm_cli.runs.cache_planning import CachePlan, check_rows, disk_free, plan_cache, workload_of
 from distillm_cli.runs.cache_size import CacheWorkload, uses_rows
-from distillm_cli.runs.preflight import check_strict, preflight, probe
+from distillm_cli.runs.preflight import check_strict, greedy_answers, preflight
 from distillm_cli.runs.prepare import Prepared, new_order, prepare, texts_of
 from distillm_cli.runs.report import check_can_generate, check_selection_metric
 from distillm_cli.runs.run_results import DecodedSequence, PlanResult
@@ -91,7 +91,7 @@ def plan_run(resolved: Resolved, listener: Listener, processes: int = 1, *, stri
     check_strict(findings, strict=strict)
     figures = plan_prepared(run, resolved, processes) | {
         "findings": [finding.as_json() for finding in findings],
-        "answers": [asdict(answers) for answers in probe(run, listener)],
+        "answers": [asdict(answers) for answers in greedy_answers(run, listener)],
     }
     return PlanResult(figures, _decoded_batch(run))
 

@@ -110,7 +110,7 @@ def check_strict(findings: SequenceOf[Finding], *, strict: bool) -> None:
         )
 
 
-def probe(run: Prepared, listener: Listener) -> list[Answers]:
+def greedy_answers(run: Prepared, listener: Listener) -> list[Answers]:
     """Return the greedy answers of student and teacher to a few held-out prompts, or to training prompts without any."""
     rows = run.answered[:_PROBED_ROWS] or run.train.sequences[:_PROBED_ROWS]
     loaded = {name: model for name, model in run.pair.models.items() if model.is_whole}

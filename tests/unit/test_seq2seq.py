@@ -134,7 +134,7 @@ def test_tied_t5_scales_its_head_by_the_width(family, scale):
 
 def test_wrong_head_scale_is_detected():
     model = backbone("t5")
-    model._scale = 1.0
+    model.head_scale = 1.0
     assert not model.check_head(tiny.batch(LENGTHS, VOCAB))
     assert model.own_logits
     sequences = tiny.sequences(LENGTHS, VOCAB)
