@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 Severity = Literal["warning", "note"]
 
-_READ_ROWS = 100_000  # of which texts are checked
+_READ_ROWS = 100_000  # that are checked
 _MEASURED_ROWS = 32  # held-out rows on which the losses of both models are compared, …
 _MEASURED_TOKENS = 4096  # … of at most this many tokens, apart from the first row
 _MEASURED_AT_ONCE = 8  # rows of a pass
@@ -156,7 +157,7 @@ def _ends(run: Prepared) -> Iterator[Finding]:
     trained = set(run.encoder.end_ids) | run.train.end_ids
     teacher = set(run.pair.teacher_stops or ())
     student = run.student.stop_ids
-    ends = [int(s.response[-1]) for s in run.train.sequences if len(s.response)]
+    ends = [int(s.response[-1]) for s in islice(run.train.sequences, _READ_ROWS) if len(s.response)]
     reached = sum(end in trained for end in ends)
     if ends and reached < len(ends):
         share = reached / len(ends)
@@ -337,7 +338,7 @@ def _rows(run: Prepared) -> Iterator[Finding]:
 
 def _long_responses(run: Prepared) -> Iterator[Finding]:
     limit = run.recipe.rollout.max_new_tokens
-    lengths = np.array([len(s.response) for s in run.train.sequences])
+    lengths = np.array([len(s.response) for s in islice(run.train.sequences, _READ_ROWS)])
     share = float((lengths > limit).mean())
     if share:
         wanted = int(np.quantile(lengths, 0.99))
