@@ -22,7 +22,7 @@ def results(out, *options, **environment):
     return json.loads((out / "results.json").read_text())["parts"], page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dry_run_measures_every_part(tmp_path):
     names = ("machine", "losses", "steps", "rollouts", "whole_runs", "features")
     parts, page = results(tmp_path, "--parts", *names)

@@ -112,6 +112,7 @@ def pair_of_plain_passes():
         yield pair
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["gpt2", "opt-350m", "gemma2", "falcon_h1", "t5"])
 def test_fine_tuning_of_other_families(family, pair_of_plain_passes, tmp_path):
     length = {"gpt2": {"n_positions": 128}, "t5": {}}.get(family, {"max_position_embeddings": 128})
@@ -125,6 +126,7 @@ def test_fine_tuning_of_other_families(family, pair_of_plain_passes, tmp_path):
     assert_same_run(tmp_path / NONE, tmp_path / FULL, 1e-4)
 
 
+@pytest.mark.long
 def test_fine_tuning_and_a_stage_before_it(pair, tmp_path, capsys, monkeypatch):
     fields = ("student.sft_epochs=0.2", "student.save_dtype=bf16")
     alone(distill("one", *fields, method="kd"), tmp_path, capsys, monkeypatch)
@@ -133,6 +135,7 @@ def test_fine_tuning_and_a_stage_before_it(pair, tmp_path, capsys, monkeypatch):
     assert_same_weights(tmp_path / "one/sft", tmp_path / "two/sft", 1e-2)
 
 
+@pytest.mark.long
 def test_best_checkpoint_is_selected(pair, tmp_path, capsys, monkeypatch):
     few = tuple(field for field in FEW if not field.startswith("eval.report_rows"))
     fields = ("train.select=rouge_l", "eval.report_rows=5", "eval.max_new_tokens=5", "eval.metrics=rouge_l")
@@ -147,6 +150,7 @@ def test_best_checkpoint_is_selected(pair, tmp_path, capsys, monkeypatch):
 SAVED = ("train.save_steps=1", "train.keep=9", *ROLLOUTS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fields", [(), LORA], ids=["full", "lora"])
 @pytest.mark.parametrize(("before", "after"), [(FULL, FULL), (FULL, NONE), (NONE, FULL), (FULL, None), (None, FULL)])
 def test_resume(before, after, fields, pair, tmp_path, capsys, monkeypatch):
@@ -215,6 +219,7 @@ def test_extras_are_refused(method, fields, pair, tmp_path):
     assert_error((first.code, json.loads(first.out), first.err), "usage.cannot_shard", "needs all weights")
 
 
+@pytest.mark.long
 def test_run_in_bf16(pair, tmp_path):
     for shard in (NONE, FULL):
         together(pair, distill(shard, *ROLLOUTS, shard, "student.dtype=bf16"), tmp_path)
