@@ -125,9 +125,7 @@ def target_log_probs(
     Arguments and computation are those of ``fused_loss``.
     """
     args = _LossArgs(head, None, targets_N, NO_WEIGHTS, LossWeights(kd=0.0, ce=1.0), matmul_dtype, chunk, None, False)
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        value_N, _ = _values_and_grads((hidden_ND, head.weight_VD, head.bias_V), args, (False, False, False))
-    return value_N.neg_()
+    return _token_values(hidden_ND, args).neg_()
 
 
 @torch.no_grad()
@@ -141,8 +139,7 @@ def token_entropies(
     targets_N = torch.zeros(len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
     none = LossWeights(kd=0.0, ce=0.0)
     args = _LossArgs(head, None, targets_N, NO_WEIGHTS, none, matmul_dtype, chunk, None, False, losses=_entropies)
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        return _values_and_grads((hidden_ND, head.weight_VD, head.bias_V), args, (False, False, False))[0]
+    return _token_values(hidden_ND, args)
 
 
 @torch.no_grad()
@@ -164,6 +161,12 @@ def token_divergences(
     teacher = _TeacherArgs(teacher_head, teacher_hidden_ND, divergence)
     weights = LossWeights(kd=1.0, ce=0.0, divergence=divergence)
     args = _LossArgs(head, teacher, targets_N, NO_WEIGHTS, weights, matmul_dtype, chunk, None, False)
+    return _token_values(hidden_ND, args)
+
+
+def _token_values(hidden_ND: Tensor, args: _LossArgs) -> Tensor:
+    """Return what the arguments ask for at each position [N], without gradients."""
+    head = args.student_head
     with torch.autocast(hidden_ND.device.type, enabled=False):
         return _values_and_grads((hidden_ND, head.weight_VD, head.bias_V), args, (False, False, False))[0]
 
