@@ -72,10 +72,6 @@ class HiddenStates(MatchedBlocks):
         distance = step_sum(self._distances)
         return {} if distance is None else {"hidden": distance}
 
-    def release(self) -> None:
-        super().release()
-        self.teacher.forget_fast_paths()
-
 
 def matched_pairs(layers: str, student_blocks: int, teacher_blocks: int) -> list[tuple[int, int]]:
     """Return the matched blocks of student and teacher, counted from 1. Raises UsageError for one that does not exist.

@@ -65,6 +65,7 @@ class MatchedBlocks(TeacherPass):
     def release(self) -> None:
         self.student_outputs.remove()
         self.outputs.remove()
+        self.teacher.forget_fast_paths()
 
 
 def projections(count: int, widths: tuple[int, int], *, seed: int) -> nn.ModuleList:

@@ -192,10 +192,6 @@ class RobustKD(MatchedBlocks):
             total = total + (error_ND.square().sum(1) / norm_N).sum()
         return total * (self.weight * done.scale / len(self.connectors))
 
-    def release(self) -> None:
-        super().release()
-        self.teacher.forget_fast_paths()
-
     def _change(self, index: int, states_BTD: Tensor) -> Tensor:
         return detoxified(states_BTD, self.mask_KD[index], self.feature_KD[index])
 
