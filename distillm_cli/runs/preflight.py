@@ -28,7 +28,9 @@ from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.losses.weights import CROSS_ENTROPY
 from distillm_cli.runs.prepare import Prepared
 from distillm_cli.training.events import Listener, Note, Warned
-from distillm_cli.types import Sequence, collate
+from distillm_cli.training.state import RunInfo
+from distillm_cli.training.validation import mean_loss
+from distillm_cli.types import Sequence
 from distillm_cli.utils.modules import eval_mode
 from distillm_cli.utils.text import counted, format_bytes
 
@@ -284,13 +286,10 @@ def _teacher(run: Prepared) -> Iterator[Finding]:
 def _loss(run: Prepared, model: Backbone, rows: SequenceOf[Sequence]) -> float:
     """Return the mean cross-entropy per token of a model in the precision of its weights, nats."""
     module = StudentLoss(model, CrossEntropy())
-    total = tokens = 0.0
+    batches = batches_by_length(rows, _MEASURED_AT_ONCE)
+    info = RunInfo(steps=1, steps_per_epoch=1, device=run.device)
     with eval_mode(module):
-        for batch in batches_by_length(rows, _MEASURED_AT_ONCE):
-            loss, count = module([collate(batch).to(run.device)], None, CROSS_ENTROPY)
-            total += loss.item()
-            tokens += count.item()
-    return total / tokens
+        return mean_loss(batches, CROSS_ENTROPY, module, info, None, autocast=False)
 
 
 # ------------------------------------------------------------------------------------------------------------ rows
