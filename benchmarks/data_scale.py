@@ -1,6 +1,6 @@
 """Measure how a run starts on many rows: seconds to the first step, and peak memory, with and without stored rows.
 
-    python benchmarks/data_scale.py --rows 1000000 --directory /tmp/scale [--against CHECKOUT] [--only-stored]
+    python benchmarks/data_scale.py --rows 1000000 --directory DIR [--against CHECKOUT] [--only-stored]
 
 Writes that many rows of random words to a file in the directory, and starts `distillm sft` on it with a tiny model and a
 GPT-2 tokenizer: without a store, with a store that does not exist yet, and with the existing one. --against: also runs
