@@ -3,12 +3,14 @@
     python benchmarks/regimes.py g2p sums --work DIR --data DIR [--rows 500 2000] [--seeds 10 11 12] [--report]
         [--arms sft "kl off" "kl off x2" "kl auto" …] [--grid 4e-3]
 
-Tasks: letters → phonemes (``g2p``), running sums with long answers (``sums``), intents (``banking77``), the built-in kinds
-of questions (``questions``), and instructions with free answers (``dolly``). Per task and number of rows: one teacher,
-trained on all rows (``questions``: the one in the package); per seed a student from scratch, fine-tuned for ten epochs on
-the chosen rows; then SFT and every objective with every schedule from that start, for the same number of optimizer steps.
-An arm with ``xN`` has N times the steps, for comparisons at equal seconds. The learning rate of each objective is the best
-of the grid on validation rows, first seed, without student outputs; with a single rate in ``--grid`` there is no choice.
+Tasks: letters → phonemes (``g2p``), running sums with long answers (``sums``), intents (``banking77``), the built-in
+kinds of questions (``questions``), and instructions with free answers (``dolly``). Per task and number of rows: one
+teacher, trained on all rows (``questions``: the one in the package); per seed a student from scratch, fine-tuned for
+ten epochs on the chosen rows; then SFT and every objective with every schedule from that start, for the same number of
+optimizer steps. An arm with ``xN`` has N times the steps, for comparisons at equal seconds; one with ``key=value`` has
+that setting, as in ``"skl off objective.temperature=2"`` or ``"kl off objective.tokens=entropy:0.5 x1.2"``. The
+learning rate of each objective is the best of the grid on validation rows, first seed, without student outputs; with a
+single rate in ``--grid`` there is no choice.
 
 Results are cached per run, and the report prints what exists. Seeds come first, so that an interrupted map is complete for
 fewer seeds. Times are those of the training loop, teacher states cached; compare them within one run of this script alone.
@@ -31,7 +33,7 @@ import tasks
 from lab import mean_sd
 from tasks import Task
 
-DIVERGENCES = {"kl": [], "skl": ["--alpha", "0.1"], "srkl": ["--alpha", "0.1"], "ab": []}
+DIVERGENCES = {"kl": [], "rkl": [], "skl": ["--alpha", "0.1"], "srkl": ["--alpha", "0.1"], "ab": []}
 SCHEDULES = {
     "off": ["--schedule", "off"],
     "on": ["--schedule", "on"],
@@ -137,12 +139,13 @@ class Regime:
         self.task.work.mkdir(parents=True, exist_ok=True)
 
     def argv(self, arm: str) -> tuple[str, ...]:
-        """Return the arguments of an arm: ``sft``, or ``DIVERGENCE SCHEDULE``, each with an optional ``xN``."""
-        divergence, *schedule = _factor(arm)[0].split()
+        """Return the arguments of an arm: ``sft`` or ``DIVERGENCE SCHEDULE [key=value …]``, with an optional ``xN``."""
+        divergence, *words = _factor(arm)[0].split()
         if divergence == SFT:
             return ("sft",)
+        schedule, *settings = words
         method = ["--method", "kd", "--divergence", divergence, *DIVERGENCES[divergence]]
-        return ("distill", *method, *SCHEDULES[schedule[0]])
+        return ("distill", *method, *SCHEDULES[schedule], *tasks.sets(*settings))
 
     def rate(self, arm: str, seed: int) -> str:
         """Return the learning rate of the arm's objective: the best of the grid without student outputs."""
@@ -243,7 +246,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
-    parser.add_argument("--arms", nargs="+", default=[SFT, *(f"{d} {s}" for d in DIVERGENCES for s in SCHEDULES)])
+    parser.add_argument(
+        "--arms", nargs="+", default=[SFT, *(f"{d} {s}" for d in DIVERGENCES if d != "rkl" for s in SCHEDULES)]
+    )
     parser.add_argument("--grid", nargs="+", help="learning rates [default: those of the task]")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
