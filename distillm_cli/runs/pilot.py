@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from distillm_cli.config.derived import fixed_values
 from distillm_cli.config.load import Resolved, to_yaml, with_resolved_values
@@ -261,10 +262,13 @@ class _Pilot:
         teacher = max(0.0, statistics.median(new_rows) - rows)
         return Costs(rows, statistics.median(sft), fresh, teacher, score, switch)
 
-    def _step_seconds(self, arm: Arm, *, whole_bulk: bool = False) -> tuple[list[float], float]:
+    def _step_seconds(
+        self, arm: Arm, *, whole_bulk: bool = False, weights: Mapping[str, Tensor] | None = None
+    ) -> tuple[list[float], float]:
         """Return the seconds of an arm's first steps, and those of building its trainer and of saving and loading.
 
-        whole_bulk: as many steps as student outputs are sampled for at once.
+        whole_bulk: as many steps as student outputs are sampled for at once. weights: of the student, if not its initial
+        ones.
         """
         run = self.run_of_pair
         steps = run.recipe.rollout.bulk if whole_bulk else _CALIBRATED_STEPS
@@ -277,7 +281,7 @@ class _Pilot:
         started = time.perf_counter()
         trial = replace(run, recipe=self._recipe(arm, 1000 * steps))
         with tempfile.TemporaryDirectory(dir=self.output, prefix="measure-") as place:
-            self._reset_student()
+            run.student.load_state(run.start_weights() if weights is None else weights)
             trainer = build_trainer(trial, Path(place), listen, teacher=self.teacher)
             trainer.train(until=steps)
             trainer.save()
@@ -309,9 +313,30 @@ class _Pilot:
         of_divergences = [arm for arm in finished if arm.divergence != SFT]
         if not of_divergences:
             return
-        finished += self._halve("variations", grid.variations(of_divergences[0]), self.plan.last_round_seconds)
-        best = self._ranked(finished, len(RUNGS) - 1)[0]
+        variations = grid.variations(of_divergences[0])
+        if any(arm.schedule != ROWS_ALONE for arm in variations):
+            self._measure_outputs(of_divergences[0])
+        finished += self._halve("variations", variations, self.plan.last_round_seconds)
+        (best,) = self._decide("best", lambda: self._ranked(finished, len(RUNGS) - 1)[:1])
         self._advance(replace(best, share=0.5), len(RUNGS) - 1)
+
+    def _measure_outputs(self, best: Arm) -> None:
+        """Measure a step on student outputs again, with the weights of the best arm so far, which end their answers.
+
+        The steps of the arms with student outputs depend on it, so that they take the same seconds.
+        """
+        assert self.record.plan is not None
+        if "fresh" not in self.record.decided_costs:
+            run = self.run_of_pair
+            checkpoint = find_checkpoint(self.output / ARMS / best.name, self._recipe(best, self.plan.steps(best)))
+            assert checkpoint is not None
+            restore_student(run.student, checkpoint)
+            weights = {name: weight.to("cpu", copy=True) for name, weight in run.student.state().items()}
+            on = replace(best, schedule="on")
+            seconds, _ = self._step_seconds(on, whole_bulk=True, weights=weights)
+            self.record.decided_costs["fresh"] = max(self.plan.costs.rows, statistics.fmean(seconds))
+            self._save()
+        self.plan = replace(self.plan, costs=replace(self.plan.costs, **self.record.decided_costs))
 
     def _decide(self, place: str, make: Callable[[], list[Arm]]) -> list[Arm]:
         """Return the arms that were chosen at this place before, or choose them now."""

@@ -23,7 +23,7 @@ SEARCHED_RATES = 2  # arms for which time is reserved in the search for a learni
 MIN_STEPS = 80  # of a run on rows
 _WISHED_SHARE = 0.25  # of the steps of the recipe: the grid becomes smaller before runs become shorter
 # Share of the steps that sample from the student, an expectation for kinds that adapt it.
-_FRESH = {"off": 0.0, "adaptive": 0.1, "auto": 0.2, "mixed": 0.5, "annealed": 0.5, "on": 1.0}
+_FRESH = {"off": 0.0, "adaptive": 0.05, "auto": 0.1, "mixed": 0.5, "annealed": 0.5, "on": 1.0}
 # The order in which values are left out, and how many of each setting remain while runs have the wished number of steps.
 _LEFT_OUT = {"temperature": 1, "divergence": 2, "schedule": 2, "lr": 3}
 

@@ -39,8 +39,8 @@ class PilotRecord:
 
     settings: what the result depends on, apart from the inputs. inputs: fingerprints of models and rows. seconds: used so
     far. trials: by name of the arm, its settings and its scores by rung. decisions: chosen arms, by the place of the
-    decision; they depend on the clock and are not taken again. notes: what did not fit, sentences. result: the object of
-    ``--json`` at the end.
+    decision; they depend on the clock and are not taken again. decided_costs: seconds that were measured after the plan.
+    notes: what did not fit, sentences. result: the object of ``--json`` at the end.
     """
 
     settings: dict[str, Any]
@@ -49,6 +49,7 @@ class PilotRecord:
     plan: dict[str, Any] | None = None
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)
     decisions: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    decided_costs: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     result: dict[str, Any] | None = None
     format: int = _FORMAT
@@ -78,7 +79,9 @@ class PilotRecord:
         """Return the recorded plan."""
         if self.plan is None:
             return None
-        grid = {name: tuple(value) if isinstance(value, list) else value for name, value in self.plan["grid"].items()}
+        grid: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in self.plan["grid"].items()
+        }
         left_out = tuple(self.plan["left_out"])
         return PilotPlan(Grid(**grid), Costs(**self.plan["costs"]), self.plan["seconds"], left_out)
 

@@ -14,7 +14,6 @@ from distillm_cli.runs.pilot_plan import RUNGS, PilotPlan
 from distillm_cli.runs.pilot_record import PilotRecord, Trial
 from distillm_cli.runs.pilot_scores import Difference, paired_difference
 from distillm_cli.runs.run_results import PilotArm, PilotResult
-from distillm_cli.utils.text import format_duration
 
 _LAST = len(RUNGS) - 1
 
@@ -34,11 +33,17 @@ def conclude(
     if not whole:
         hint = "give more --minutes in another --output"
         raise UsageError("usage.budget_too_small", "the budget ended before the first trial", hint=hint)
-    best = judge.best(whole)
+    chosen = record.decisions.get("best")
+    best = Arm(**chosen[0]) if chosen else judge.best(whole)
     assert best is not None
-    answers = [_on_objective(judge), _on_outputs(judge, full_steps, steps_per_epoch), _on_sft(judge)]
-    steps, sentence = _on_steps(judge, best, full_steps)
-    answers.append(sentence)
+    steps, on_steps = _on_steps(judge, best, full_steps)
+    answers = [
+        _on_objective(judge),
+        _on_outputs(judge, full_steps, steps_per_epoch),
+        _on_sft(judge),
+        on_steps,
+        _on_rate(judge, best),
+    ]
     return PilotResult(
         output=output,
         wall_s=round(seconds, 1),
@@ -99,7 +104,7 @@ class _Judge:
         difference = self.compare(first, second, rung)
         figures = " against ".join(
             f"{self.trial(arm, rung).scores.figure:.2f} with {arm.settings} (lr {arm.lr:g}, "
-            f"{format_duration(self.trial(arm, rung).train_s)})"
+            f"{self.trial(arm, rung).train_s:.0f} s)"
             for arm in (first, second)
         )
         after = "" if rung == _LAST else f" after {RUNGS[rung]:.0%} of the steps"
@@ -188,6 +193,15 @@ def _on_sft(judge: _Judge) -> str | None:
     if not difference.is_clear:
         return f"Plain SFT may be enough, as no difference to distillation is clear: {clause}."
     return f"Plain SFT is {'not ' if difference.mean > 0 else ''}enough: {clause}."
+
+
+def _on_rate(judge: _Judge, best: Arm) -> str | None:
+    """Say whether the best learning rate is at an end of those that were tried."""
+    rates = [arm.lr for arm in judge.arms if arm.divergence == best.divergence]
+    if len(set(rates)) == 1 or min(rates) < best.lr < max(rates):
+        return None
+    end, more = ("largest", "larger") if best.lr == max(rates) else ("smallest", "smaller")
+    return f"The best learning rate, {best.lr:g}, is the {end} that was tried; {more} ones may be better."
 
 
 def _on_steps(judge: _Judge, best: Arm, full_steps: int) -> tuple[int, str | None]:
