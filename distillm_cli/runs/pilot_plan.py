@@ -149,6 +149,8 @@ def _without_last(grid: Grid, axis: str) -> tuple[Grid, str]:
     """Return the grid without the last value of a setting, and a sentence."""
     *values, last = getattr(grid, axis)
     changes: dict[str, Any] = {axis: tuple(values)}
+    if axis == "lr" and len(values) == 1:
+        changes["searches_rates"] = False
     name = "learning rate" if axis == "lr" else axis
     return replace(grid, **changes), f"{name} {last if isinstance(last, str) else f'{last:g}'}"
 
