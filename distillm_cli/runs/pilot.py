@@ -63,6 +63,7 @@ _CALIBRATED_STEPS = 8
 _CALIBRATED_ROWS = 64
 _SLICE_SECONDS = 2.0  # of training between two looks at the clock
 _SAVE_SECONDS = 60.0  # between two checkpoints within a trial
+_CONTINUE = "run the same command again to continue"
 _MOST_SEARCHED = 6  # turns of the search for a learning rate
 _SEARCH_SHARE = 0.5  # of the budget that must be left for another turn
 
@@ -113,11 +114,9 @@ def run_pilot(resolved: Resolved, output: Path, listener: Listener, options: Pil
             pilot = _Pilot(resolved, grid, output, listener, options.minutes * 60, record, started)
             return pilot.run()
         except Interrupted as stop:
-            stop.hint = "run the same command again to continue"
-            raise
+            raise Interrupted(stop.what, signal_number=stop.exit_code - 128, hint=_CONTINUE) from None
         except KeyboardInterrupt as stop:
-            hint = "run the same command again to continue"
-            raise Interrupted("interrupted", signal_number=signal_number(stop), hint=hint) from None
+            raise Interrupted("interrupted", signal_number=signal_number(stop), hint=_CONTINUE) from None
 
 
 @dataclass

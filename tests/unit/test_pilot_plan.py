@@ -64,7 +64,10 @@ def test_smaller_budgets_have_smaller_grids():
         found = plan(available)
         sizes.append(sum(map(len, rounds_of(found.grid))))
         left_out = len(found.left_out)
-        values = [len(getattr(GRID, name)) - len(getattr(found.grid, name)) for name in ("lr", "divergence", "temperature", "schedule")]
+        values = [
+            len(getattr(GRID, name)) - len(getattr(found.grid, name))
+            for name in ("lr", "divergence", "temperature", "schedule")
+        ]
         assert left_out == sum(values)
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
