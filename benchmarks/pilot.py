@@ -2,9 +2,9 @@
 
     python benchmarks/pilot.py g2p:2000 banking77:2000 g2p:30000 --work DIR --data DATA [--minutes 5] [--cpu]
 
-DIR is that of ``regimes.py``, with the runs to compare with. Per task: a pilot from the same teacher, start and rows, then one
-run of its recipe, scored greedily on the test rows. The pilot has not seen them, nor the long runs. --cpu counts the seconds of
-the process's CPU in the pilot, for a machine that is shared. Prints a table, and the pilot's answers.
+DIR is that of ``regimes.py``, with the runs to compare with. Per task: a pilot from the same teacher, start and rows, then
+one run of its recipe, scored greedily on the test rows. The pilot has not seen these rows, nor the long runs. --cpu counts
+the seconds of the process's CPU in the pilot, for a machine that is shared. Prints a table, and the pilot's answers.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from distillm_cli.config.schema import Recipe, chosen
 from distillm_cli.config.shortcuts import Flag
 from distillm_cli.errors import UsageError
 
-SFT = "sft"  # in place of a divergence: cross-entropy on the rows
+SFT_ARM = "sft"  # in place of a divergence: cross-entropy on the rows
 ROWS_ALONE = "off"
 AXES = {
     "lr": "train.lr",
@@ -43,15 +43,15 @@ class Arm:
     @property
     def family(self) -> str:
         """Return the group within which arms are eliminated, so that one of each group is trained to the end."""
-        if self.divergence == SFT:
-            return SFT
+        if self.divergence == SFT_ARM:
+            return SFT_ARM
         return "rows" if self.schedule == ROWS_ALONE else "outputs"
 
     @property
     def settings(self) -> str:
         """Return the settings other than the learning rate, for tables and messages."""
-        if self.divergence == SFT:
-            return SFT
+        if self.divergence == SFT_ARM:
+            return SFT_ARM
         soft = "" if self.temperature == 1 else f", T {self.temperature:g}"
         short = "" if self.share == 1 else f", {self.share:g} × the steps"
         return f"{self.divergence}, {self.schedule}{soft}{short}"
@@ -60,7 +60,7 @@ class Arm:
     def name(self) -> str:
         """Return the name of its directory."""
         parts = [self.divergence, f"lr{self.lr:.3g}"]
-        if self.divergence != SFT:
+        if self.divergence != SFT_ARM:
             parts += [f"T{self.temperature:g}", self.schedule]
         if self.share != 1:
             parts.append(f"x{self.share:g}")
@@ -82,8 +82,8 @@ class Grid:
 
     def of_rates(self, rates: Iterable[float]) -> list[Arm]:
         """Return the arms of the first round: every divergence and SFT on the rows, with each of these rates."""
-        names = (SFT, *self.divergence)
-        return [Arm(name, lr, 1.0 if name == SFT else self.temperature[0]) for name in names for lr in rates]
+        names = (SFT_ARM, *self.divergence)
+        return [Arm(name, lr, 1.0 if name == SFT_ARM else self.temperature[0]) for name in names for lr in rates]
 
     def variations(self, best: Arm) -> list[Arm]:
         """Return the arms of the second round: other temperatures and schedules of the best arm of the first."""
@@ -167,7 +167,7 @@ def check_has_grid(recipe: Recipe) -> None:
 def arm_recipe(base: Resolved, arm: Arm) -> Resolved:
     """Return the recipe of an arm: the base with the arm's settings, its other values unchanged."""
     values: dict[str, Any] = {"train.lr": arm.lr, "schedule.kind": arm.schedule}
-    if arm.divergence == SFT:
+    if arm.divergence == SFT_ARM:
         values["objective.kd_weight"] = 0.0
     else:
         values |= {"objective.divergence": arm.divergence, "objective.temperature": arm.temperature}

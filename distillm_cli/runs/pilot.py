@@ -23,7 +23,7 @@ from distillm_cli.config.derived import fixed_values
 from distillm_cli.config.load import Resolved, to_yaml, with_resolved_values
 from distillm_cli.config.pilot_grid import (
     ROWS_ALONE,
-    SFT,
+    SFT_ARM,
     Arm,
     Grid,
     arm_recipe,
@@ -101,7 +101,7 @@ def run_pilot(resolved: Resolved, output: Path, listener: Listener, options: Pil
         )
     check_has_grid(resolved.recipe)
     grid = parse_grid(options.grid, resolved.recipe)
-    for arm in (Arm(SFT, grid.lr[0]), *(Arm(name, grid.lr[0]) for name in grid.divergence)):
+    for arm in (Arm(SFT_ARM, grid.lr[0]), *(Arm(name, grid.lr[0]) for name in grid.divergence)):
         arm_recipe(resolved, arm)  # reports a combination that the recipe excludes
     settings = {**fixed_values(resolved.recipe), "--grid": asdict(grid), "--minutes": options.minutes}
     record = read_pilot(output, settings)
@@ -248,7 +248,7 @@ class _Pilot:
         on_rows = Arm(divergence, lr)
         new_rows, _ = self._step_seconds(on_rows)
         known_rows, switch = self._step_seconds(on_rows)
-        sft, _ = self._step_seconds(Arm(SFT, lr))
+        sft, _ = self._step_seconds(Arm(SFT_ARM, lr))
         rows = statistics.median(known_rows)
         fresh = rows
         if self.grid.schedule != (ROWS_ALONE,):
@@ -309,7 +309,7 @@ class _Pilot:
         first = grid.of_rates(grid.lr)
         later = self.plan.round_seconds(grid.variations(first[-1])) + self.plan.last_round_seconds
         finished = self._halve("objectives", first, later)
-        of_divergences = [arm for arm in finished if arm.divergence != SFT]
+        of_divergences = [arm for arm in finished if arm.divergence != SFT_ARM]
         if not of_divergences:
             return
         variations = grid.variations(of_divergences[0])

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distillm_cli.config.pilot_grid import SFT, Arm, Grid
+from distillm_cli.config.pilot_grid import SFT_ARM, Arm, Grid
 from distillm_cli.errors import UsageError
 from distillm_cli.utils.text import format_duration
 
@@ -45,7 +45,7 @@ class Costs:
     def step(self, arm: Arm) -> float:
         """Return the expected seconds of a step of an arm, with the teacher's states cached."""
         share = _FRESH[arm.schedule]
-        return self.sft if arm.divergence == SFT else (1 - share) * self.rows + share * self.fresh
+        return self.sft if arm.divergence == SFT_ARM else (1 - share) * self.rows + share * self.fresh
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class PilotPlan:
 
     def round_seconds(self, arms: Iterable[Arm], first_rung: int = 0) -> float:
         """Return the expected seconds of a round, from this rung to the end."""
-        whole = Arm(SFT, 1.0)
+        whole = Arm(SFT_ARM, 1.0)
         reached = [0.0, *RUNGS]
         return sum(count * self.trial_seconds(whole, rung, reached[rung]) for rung, count in _trials(arms, first_rung))
 

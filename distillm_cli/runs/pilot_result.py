@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from distillm_cli.config.pilot_grid import SFT, Arm
+from distillm_cli.config.pilot_grid import SFT_ARM, Arm
 from distillm_cli.errors import UsageError
 from distillm_cli.evaluation.metrics import Metric
 from distillm_cli.runs import output_dir
@@ -185,8 +185,8 @@ def _on_outputs(judge: _Judge, full_steps: int, steps_per_epoch: int) -> str | N
 
 def _on_sft(judge: _Judge) -> str | None:
     """Say whether plain SFT is enough."""
-    sft = judge.best(arm for arm in judge.arms if arm.divergence == SFT and arm.share == 1)
-    other = judge.best(arm for arm in judge.arms if arm.divergence != SFT and arm.share == 1)
+    sft = judge.best(arm for arm in judge.arms if arm.divergence == SFT_ARM and arm.share == 1)
+    other = judge.best(arm for arm in judge.arms if arm.divergence != SFT_ARM and arm.share == 1)
     if sft is None or other is None:
         return None
     difference, clause = judge.versus(other, sft)

@@ -3,7 +3,7 @@
 import pytest
 
 from distillm_cli.config.load import resolve
-from distillm_cli.config.pilot_grid import SFT, Arm, arm_recipe, check_has_grid, parse_grid, trial_recipe
+from distillm_cli.config.pilot_grid import SFT_ARM, Arm, arm_recipe, check_has_grid, parse_grid, trial_recipe
 from tests.codes import raises_code
 
 PAIR = {"teacher.path": "teacher", "student.path": "student", "train.lr": 1e-3}
@@ -35,7 +35,7 @@ def test_rounds_have_each_combination_once():
     grid = parse_grid(("lr=1,2", "divergence=kl,ab", "temperature=1,2", "schedule=off,on"), base().recipe)
     first = grid.of_rates(grid.lr)
     assert len(set(first)) == len({arm.name for arm in first}) == 6
-    assert [arm.family for arm in first] == [SFT] * 2 + ["rows"] * 4
+    assert [arm.family for arm in first] == [SFT_ARM] * 2 + ["rows"] * 4
     best = Arm("ab", 2.0)
     assert {(arm.temperature, arm.schedule) for arm in grid.variations(best)} == {(1, "on"), (2, "off"), (2, "on")}
 
@@ -66,7 +66,7 @@ def test_arms_change_their_own_settings_only():
     assert (arm.recipe.objective.divergence, arm.recipe.objective.temperature) == ("ab", 2.0)
     assert (arm.recipe.schedule.kind, arm.recipe.train.lr, arm.recipe.train.batch_size) == ("on", 2e-3, 3)
     assert arm.origin["train.lr"] == "distillm pilot"
-    sft = arm_recipe(resolved, Arm(SFT, 1e-3)).recipe
+    sft = arm_recipe(resolved, Arm(SFT_ARM, 1e-3)).recipe
     assert (sft.objective.kd_weight, sft.schedule.kind) == (0.0, "off")
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from distillm_cli.config.pilot_grid import SFT, Arm, Grid
+from distillm_cli.config.pilot_grid import SFT_ARM, Arm, Grid
 from distillm_cli.runs.pilot_plan import MIN_STEPS, RUNGS, Costs, PilotPlan, kept, make_plan, rounds_of
 from tests.codes import raises_code
 
@@ -45,7 +45,7 @@ def test_total_is_the_sum_of_all_trials():
 
 def test_arms_have_the_same_seconds():
     found = plan(600)
-    for arm in (Arm("kl", 1.0), Arm(SFT, 1.0), Arm("kl", 1.0, 2.0, "on"), Arm("kl", 1.0, 1.0, "auto")):
+    for arm in (Arm("kl", 1.0), Arm(SFT_ARM, 1.0), Arm("kl", 1.0, 2.0, "on"), Arm("kl", 1.0, 1.0, "auto")):
         assert found.steps(arm) * COSTS.step(arm) == pytest.approx(found.seconds, rel=0.02)
     assert found.steps(Arm("kl", 1.0)) > 2 * found.steps(Arm("kl", 1.0, schedule="on"))
     assert found.steps(Arm("kl", 1.0, share=0.5)) == pytest.approx(found.steps(Arm("kl", 1.0)) / 2, abs=1)
