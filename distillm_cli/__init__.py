@@ -10,11 +10,11 @@ Functions are imported when they are used, so that the import of the package tak
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distillm_cli.api import distill, evaluate, generate, load_recipe, plan, run, sft
+    from distillm_cli.api import distill, evaluate, generate, load_recipe, pilot, plan, run, sft
 
     __version__: str
 
-__all__ = ["__version__", "distill", "evaluate", "generate", "load_recipe", "plan", "run", "sft"]
+__all__ = ["__version__", "distill", "evaluate", "generate", "load_recipe", "pilot", "plan", "run", "sft"]
 
 
 def __getattr__(name: str) -> Any:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from distillm_cli.runs.run_results import (
         EvalResult,
         GenerateResult,
+        PilotResult,
         PipelinePlan,
         PipelineResult,
         PlanResult,
@@ -86,17 +87,22 @@ class _CommonFields(TypedDict, total=False):
     eval: Fields
 
 
-class _TrainingFields(_CommonFields, total=False):
-    """List the keywords of the commands that train, and of ``plan``."""
+class _PairFields(_CommonFields, total=False):
+    """List the keywords of the commands that train, of ``plan`` and of ``pilot``."""
 
     data: RowSource | Fields
     tokenizer: str | os.PathLike[str] | PreTrainedTokenizerBase
     lora: int
     max_length: int
-    lr: float
     epochs: float
     steps: int
     seed: int
+
+
+class _TrainingFields(_PairFields, total=False):
+    """List the keywords of the commands that train with one learning rate, and of ``plan``."""
+
+    lr: float
 
 
 class _SamplingFields(_CommonFields, total=False):
@@ -141,6 +147,15 @@ class DistillFields(PlanFields, total=False):
     """List the keywords of ``distill`` that set fields of the recipe."""
 
     keep: int
+
+
+class PilotFields(_PairFields, total=False):
+    """List the keywords of ``pilot`` that set fields of the recipe."""
+
+    teacher: Model | Fields
+    student: Model | Fields
+    schedule: Fields
+    teacher_cache: str
 
 
 class GenerateFields(_SamplingFields, total=False):
@@ -416,6 +431,28 @@ def train_recipe(
     return result
 
 
+def pilot_recipe(
+    recipe: str | Path | Resolved | None,
+    flags: Mapping[str, Any],
+    sets: Iterable[str],
+    output: str | Path | None,
+    listener: Listener,
+    *,
+    minutes: float,
+    grid: Iterable[str],
+) -> PilotResult:
+    """Run a pilot, or continue the one in ``output`` (None: a directory under ``runs/``, the same for the same command)."""
+    resolved = resolve_training("distill", recipe, flags, sets)
+    for note in check_training(resolved):
+        listener(Note(note))
+    from distillm_cli.runs import output_dir
+    from distillm_cli.runs.pilot import PilotOptions, run_pilot
+
+    config = resolved.recipe
+    place = output_dir.pilot_name(resolved.name, config.data.source, config.student.required_path)
+    return run_pilot(resolved, Path(output) if output else place, listener, PilotOptions(minutes, tuple(grid)))
+
+
 def plan_recipe(
     recipe: str | Path | Resolved | None,
     flags: Mapping[str, Flag],
@@ -585,6 +622,38 @@ def plan(
 
             ui.show(*tables_of(result))
         return result
+
+
+def pilot(
+    *,
+    recipe: str | Path | Resolved | None = None,
+    minutes: float = 20.0,
+    grid: Mapping[str, Any] | None = None,
+    output: str | Path | None = None,
+    display: bool = False,
+    listener: Listener | None = None,
+    **fields: Unpack[PilotFields],
+) -> PilotResult:
+    """Choose settings by short runs on held-out rows, as ``distillm pilot`` does. The same call continues a stopped pilot.
+
+    minutes: the budget. grid: values to try for ``lr``, ``divergence``, ``temperature`` and ``schedule``, as in
+    ``{"lr": [1e-4, 2e-4]}``. output: directory of the result; None: ``runs/NAME-pilot``. fields: see ``PilotFields``.
+    Models and rows are names or paths.
+    """
+    texts = [f"{name}={','.join(map(str, _listed(values)))}" for name, values in (grid or {}).items()]
+    with joined(), _keywords_in_errors(), _reporting(display, listener) as (listen, ui):
+        given = _Given("pilot", None)
+        given.add_all(fields)
+        result = pilot_recipe(recipe, given.flags, given.sets, output, listen, minutes=minutes, grid=texts)
+        if ui is not None:
+            from distillm_cli.ui.pilot_tables import pilot_tables
+
+            ui.show(*pilot_tables(result))
+        return result
+
+
+def _listed(values: Any) -> Iterable[Any]:
+    return values if isinstance(values, list | tuple) else [values]
 
 
 def run(

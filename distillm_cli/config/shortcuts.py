@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-TRAINING_VERBS = ("sft", "distill", "plan")
+TRAINING_VERBS = ("sft", "distill", "plan", "pilot")
 DISTILLATION_VERBS = ("distill", "plan")
+PAIR_VERBS = (*DISTILLATION_VERBS, "pilot")
+RATE_VERBS = ("sft", "distill", "plan")  # a pilot has a grid of rates
 SAMPLING_VERBS = ("generate", "eval")
 ALL_VERBS = (*TRAINING_VERBS, *SAMPLING_VERBS)
 
@@ -51,8 +53,8 @@ class FieldFlag:
 
 
 FIELD_FLAGS = (
-    FieldFlag("--teacher", ("teacher.path",), DISTILLATION_VERBS, MODELS_PANEL, "PATH|NAME"),
-    FieldFlag("--student", ("student.path",), DISTILLATION_VERBS, MODELS_PANEL, "PATH|NAME|SPEC"),
+    FieldFlag("--teacher", ("teacher.path",), PAIR_VERBS, MODELS_PANEL, "PATH|NAME"),
+    FieldFlag("--student", ("student.path",), PAIR_VERBS, MODELS_PANEL, "PATH|NAME|SPEC"),
     FieldFlag("--model", ("student.path",), ("sft",), MODELS_PANEL, "PATH|NAME|SPEC"),
     FieldFlag("--lora", ("student.lora.r",), TRAINING_VERBS, MODELS_PANEL, "R"),
     FieldFlag("--data", ("data.source",), TRAINING_VERBS, MODELS_PANEL, "PATH|NAME"),
@@ -69,10 +71,10 @@ FIELD_FLAGS = (
     FieldFlag("--divergence", ("objective.divergence",), DISTILLATION_VERBS, METHOD_PANEL, "NAME"),
     FieldFlag("--alpha", ("objective.alpha",), DISTILLATION_VERBS, METHOD_PANEL, "A"),
     FieldFlag("--schedule", ("schedule.kind",), DISTILLATION_VERBS, METHOD_PANEL, "KIND"),
-    FieldFlag("--teacher-cache", ("teacher.cache",), DISTILLATION_VERBS, METHOD_PANEL, "WHERE"),
+    FieldFlag("--teacher-cache", ("teacher.cache",), PAIR_VERBS, METHOD_PANEL, "WHERE"),
     FieldFlag("--teacher-server", ("teacher.server",), DISTILLATION_VERBS, METHOD_PANEL, "URL"),
     FieldFlag("--rollout-server", ("rollout.server",), DISTILLATION_VERBS, METHOD_PANEL, "URL"),
-    FieldFlag("--lr", ("train.lr",), TRAINING_VERBS, TRAINING_PANEL, "X"),
+    FieldFlag("--lr", ("train.lr",), RATE_VERBS, TRAINING_PANEL, "X"),
     FieldFlag("--batch-size", ("train.batch_size",), TRAINING_VERBS, TRAINING_PANEL, "N"),
     FieldFlag("--epochs", ("train.epochs",), TRAINING_VERBS, TRAINING_PANEL, "X"),
     FieldFlag("--steps", ("train.steps",), TRAINING_VERBS, TRAINING_PANEL, "N"),

@@ -75,11 +75,7 @@ _MODEL = "model"  # names the directory in which a model is staged
 def default_name(recipe: str | None, data: str, student: str, method: str, *, resume: bool) -> Path:
     """Return ``runs/dolly-gpt2-distillm``, with a number if that exists; on a resume the newest of that name."""
 
-    def short(text: str) -> str:
-        stem = Path(redact(text).rstrip("/")).name.removesuffix(".jsonl").removesuffix(".json")
-        return re.sub(r"[^\w.+-]+", "-", stem).strip("-.") or "run"
-
-    name = short(recipe) if recipe else f"{short(data)}-{short(student)}"
+    name = _short(recipe) if recipe else f"{_short(data)}-{_short(student)}"
     base = Path("runs") / (name if method in name else f"{name}-{method}")
     taken = [base] if base.exists() else []
     while (candidate := base.with_name(f"{base.name}-{len(taken) + 1}")).exists() and taken:
@@ -87,6 +83,16 @@ def default_name(recipe: str | None, data: str, student: str, method: str, *, re
     if resume:  # the newest that can be resumed: a later run may have stopped before it saved anything
         return next(filter(may_resume, reversed(taken)), taken[-1] if taken else base)
     return candidate if taken else base
+
+
+def pilot_name(recipe: str | None, data: str, student: str) -> Path:
+    """Return ``runs/dolly-gpt2-pilot``, which the same command continues."""
+    return Path("runs") / f"{_short(recipe) if recipe else f'{_short(data)}-{_short(student)}'}-pilot"
+
+
+def _short(text: str) -> str:
+    stem = Path(redact(text).rstrip("/")).name.removesuffix(".jsonl").removesuffix(".json")
+    return re.sub(r"[^\w.+-]+", "-", stem).strip("-.") or "run"
 
 
 def places(output: Path) -> list[Path]:

@@ -109,12 +109,17 @@ def check_same_inputs(checkpoint: Checkpoint, inputs: Mapping[str, str]) -> None
 
     inputs: fingerprints by name; the student's is of its initial weights, before the checkpoint's are loaded.
     """
-    for name, known in checkpoint.state.get("inputs", {}).items():
+    check_unchanged(checkpoint.state.get("inputs", {}), inputs, checkpoint.path)
+
+
+def check_unchanged(before: Mapping[str, str], inputs: Mapping[str, str], where: Path) -> None:
+    """Raise CheckpointError if a fingerprint differs from the one before. where: of the run, for the message."""
+    for name, known in before.items():
         if name in inputs and inputs[name] != known:
             raise CheckpointError(
                 "checkpoint.changed",
                 f"the {name} {'have' if name.endswith('s') else 'has'} changed since the run was started",
-                where=str(checkpoint.path),
+                where=str(where),
                 hint="restore the original, or choose another --output",
             )
 

@@ -302,6 +302,67 @@ class PipelineResult:
         }
 
 
+@dataclass(frozen=True)
+class PilotArm:
+    """Hold a line of a pilot's table.
+
+    steps, train_s: trained, and of_steps: of its whole run. output_share: of steps on student outputs. figure: the metric
+    after ``steps``. difference: by how much it is better than the best arm after the same share of the steps, with the
+    limits of the 95 % interval; None for the best arm.
+    """
+
+    name: str
+    lr: float
+    steps: int
+    of_steps: int
+    train_s: float
+    output_share: float
+    figure: float
+    difference: tuple[float, float, float] | None
+    is_best: bool
+
+
+@dataclass(frozen=True)
+class PilotResult:
+    """Hold the result of ``pilot``. recipe: the file with the best settings. best: its settings. steps: of that recipe.
+
+    wall_s: seconds that the pilot has used, also before it was interrupted. metric: on ``rows`` held-out rows. answers:
+    sentences. notes: what did not fit into the budget.
+    """
+
+    output: Path
+    wall_s: float
+    recipe: str
+    best: Mapping[str, Any]
+    steps: int
+    metric: str
+    rows: int
+    arms: tuple[PilotArm, ...]
+    answers: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object of ``--json``."""
+        found = {"command": "pilot", "status": "ok", **asdict(self), "output": str(self.output)}
+        return found | {"best": dict(self.best)}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> PilotResult:
+        """Return the result of an object of ``as_json``."""
+        fields_of_arms = [{**arm, "difference": _as_tuple(arm["difference"])} for arm in found["arms"]]
+        return cls(
+            **{name: found[name] for name in ("wall_s", "recipe", "best", "steps", "metric", "rows")},
+            output=Path(found["output"]),
+            arms=tuple(PilotArm(**arm) for arm in fields_of_arms),
+            answers=tuple(found["answers"]),
+            notes=tuple(found["notes"]),
+        )
+
+
+def _as_tuple(values: Sequence[float] | None) -> tuple[float, float, float] | None:
+    return None if values is None else (values[0], values[1], values[2])
+
+
 @dataclass(frozen=True, slots=True)
 class FineTuned(Event):
     """Report that the stage before a run has ended. title: of its table."""

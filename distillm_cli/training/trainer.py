@@ -86,8 +86,12 @@ class Trainer:
         """Return the objective."""
         return self.student_loss.criterion
 
-    def train(self) -> TrainerState:
-        """Train to the end, to an early stop, or until a signal, which raises Interrupted after saving."""
+    def train(self, until: int | None = None) -> TrainerState:
+        """Train to the end, to an early stop, or until a signal, which raises Interrupted after saving.
+
+        until: pause after this step, without saving; another call continues.
+        """
+        last = self.run.steps if until is None else min(until, self.run.steps)
         started = time.perf_counter()
         seconds_before = self.state.seconds
         self.student_loss.train()
@@ -97,7 +101,7 @@ class Trainer:
         self._stop_when_stale()  # for the resume of a run that stopped early
         with stop_on_signal() as stop:
             self._validate_if_due()  # for the resume of a run whose validation failed
-            while self.state.step < self.run.steps and self.state.reason == "done":
+            while self.state.step < last and self.state.reason == "done":
                 self.train_step()
                 self.state.validation_due = self._is_due(self.config.eval_steps)
                 self._validate_if_due()

@@ -29,7 +29,7 @@ from distillm_cli.errors import CheckpointError, DataError
 from tests.command_line import assert_error_line, exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ("sft", "generate", "distill", "eval", "run", "plan", "methods", "recipes", "schema")
+VERBS = ("sft", "generate", "distill", "eval", "run", "plan", "pilot", "methods", "recipes", "schema")
 GROUPS = ("methods", "recipes")
 
 

@@ -292,6 +292,7 @@ def test_plan_of_pipeline_applies_keywords_to_stages(capfd):
         ("sft", api.SftFields, set()),
         ("distill", api.DistillFields, set()),
         ("plan", api.PlanFields, set()),
+        ("pilot", api.PilotFields, set()),
         ("generate", api.GenerateFields, {"split", "limit", "n", "greedy", "resume", "overwrite", "tokenizer"}),
         ("eval", api.EvalFields, {"tokenizer"}),
     ],

@@ -163,6 +163,25 @@ def resume(tmp_path, method, **settings):
     return engine
 
 
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_paused_run_matches_an_uninterrupted_one(tmp_path, is_resumed):
+    """Pause in the middle of a bulk of rollouts; continue in memory, or from a checkpoint in another trainer."""
+    torch.manual_seed(5)
+    whole = build()
+    whole.train()
+    torch.manual_seed(5)
+    paused = build(tmp_path)
+    paused.train(until=7)
+    assert paused.state.step == 7
+    if is_resumed:
+        paused.save()
+        paused = resume(tmp_path, "adaptive")
+    paused.train(until=100)
+    assert paused.state.step == whole.state.step == 12
+    assert (paused.state.phis, paused.state.sources) == (whole.state.phis, whole.state.sources)
+    assert_close(weights(paused), weights(whole), rtol=0, atol=0)
+
+
 def test_deferred_initial_validation_gives_the_same_results(tmp_path):
     """Check that validating the initial student at the first validation changes neither φ nor weights nor losses."""
 

@@ -1,0 +1,479 @@
+"""Try a small grid of settings with short runs (``distillm pilot``), by successive halving within a budget of minutes.
+
+All trials run in one process with the same models, rows and teacher cache. A trial continues from its own checkpoint, so
+that an arm trained to the end equals an uninterrupted run of that length.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distillm_cli.config.derived import fixed_values
+from distillm_cli.config.load import Resolved, to_yaml, with_resolved_values
+from distillm_cli.config.pilot_grid import (
+    ROWS_ALONE,
+    SFT_ARM,
+    Arm,
+    Grid,
+    arm_recipe,
+    check_has_grid,
+    parse_grid,
+    trial_recipe,
+)
+from distillm_cli.config.schema import Recipe
+from distillm_cli.errors import Interrupted, UsageError, signal_number
+from distillm_cli.rollouts.scheduler import Source
+from distillm_cli.runs import output_dir
+from distillm_cli.runs.build import build_trainer
+from distillm_cli.runs.cache_planning import open_teacher
+from distillm_cli.runs.defaults import fitted
+from distillm_cli.runs.pilot_plan import RUNGS, Costs, PilotPlan, kept, make_plan
+from distillm_cli.runs.pilot_record import ARMS, PilotRecord, Trial, read_pilot, write_pilot
+from distillm_cli.runs.pilot_result import conclude
+from distillm_cli.runs.pilot_scores import HeldOutScorer
+from distillm_cli.runs.prepare import prepare
+from distillm_cli.runs.resume import check_unchanged, find_checkpoint, restore_student
+from distillm_cli.runs.run_results import PilotResult
+from distillm_cli.runs.stages import StageCheckpoints, read_checkpoints, run_prior_stages, stages_of, start_trainer
+from distillm_cli.runs.start import TrainOptions
+from distillm_cli.runs.train import FineTuning
+from distillm_cli.teachers.local import LocalTeacher
+from distillm_cli.training.distributed import world
+from distillm_cli.training.events import Event, Listener, Note, Progress, Stepped, Warned
+from distillm_cli.training.trainer import Trainer
+from distillm_cli.utils.memory import keep_freed_memory
+from distillm_cli.utils.text import counted, format_duration
+
+SCORED_ROWS = 500  # held-out rows on which arms are compared
+_FEWEST_SCORED = 100
+_SCORING_SHARE = 0.15  # of an arm's seconds, at most, for one scoring with more than the fewest rows
+_RESERVE = 0.05  # share of the budget that is not planned
+_CALIBRATED_STEPS = 8
+_CALIBRATED_ROWS = 64
+_SLICE_SECONDS = 2.0  # of training between two looks at the clock
+_SAVE_SECONDS = 60.0  # between two checkpoints within a trial
+_CONTINUE = "run the same command again to continue"
+_MOST_SEARCHED = 6  # turns of the search for a learning rate
+_SEARCH_SHARE = 0.5  # of the budget that must be left for another turn
+
+
+@dataclass(frozen=True)
+class PilotOptions:
+    """Hold the settings of a pilot that are not in its recipe. grid: texts of ``--grid``."""
+
+    minutes: float
+    grid: tuple[str, ...] = ()
+
+
+def _neighbors(arm: Arm) -> list[Arm]:
+    return [replace(arm, lr=2 * arm.lr), replace(arm, lr=arm.lr / 2)]
+
+
+class _OutOfTime(Exception):
+    """Report that the budget is used up."""
+
+
+def run_pilot(resolved: Resolved, output: Path, listener: Listener, options: PilotOptions) -> PilotResult:
+    """Run a pilot into ``output``, or continue the one there. A finished one is returned again.
+
+    Raises DistillmError.
+    """
+    started = time.perf_counter()
+    if not options.minutes > 0:
+        raise UsageError(
+            "usage.invalid_value", f"--minutes {options.minutes:g} is not above 0", hint="try --minutes 20"
+        )
+    if world().size > 1:
+        what = "a pilot runs in one process"
+        raise UsageError(
+            "usage.one_process", what, where=f"{world().size} processes", hint="start it without a launcher"
+        )
+    check_has_grid(resolved.recipe)
+    grid = parse_grid(options.grid, resolved.recipe)
+    for arm in (Arm(SFT_ARM, grid.lr[0]), *(Arm(name, grid.lr[0]) for name in grid.divergence)):
+        arm_recipe(resolved, arm)  # reports a combination that the recipe excludes
+    settings = {**fixed_values(resolved.recipe), "--grid": asdict(grid), "--minutes": options.minutes}
+    record = read_pilot(output, settings)
+    if record.result is not None:
+        listener(Note(f"already finished: {output}"))
+        return PilotResult.from_json(record.result)
+    is_new = not output.exists()
+    with output_dir.claimed(output, is_new=is_new):
+        try:
+            pilot = _Pilot(resolved, grid, output, listener, options.minutes * 60, record, started)
+            return pilot.run()
+        except Interrupted as stop:
+            raise Interrupted(stop.what, signal_number=stop.exit_code - 128, hint=_CONTINUE) from None
+        except KeyboardInterrupt as stop:
+            raise Interrupted("interrupted", signal_number=signal_number(stop), hint=_CONTINUE) from None
+
+
+@dataclass
+class _Pilot:
+    """Run the rounds of one pilot. budget: seconds. started: of this process, by ``time.perf_counter``."""
+
+    resolved: Resolved
+    grid: Grid
+    output: Path
+    listener: Listener
+    budget: float
+    record: PilotRecord
+    started: float
+    taken: float = 0.0
+    expected: float = 0.0
+    warned: set[str] = field(default_factory=set)
+
+    def run(self) -> PilotResult:
+        """Prepare, measure, plan, and run the rounds."""
+        self.used_before = self.record.seconds
+        self._prepare()
+        plan = self.record.planned() or self._plan()
+        self.plan = plan
+        self._say_plan()
+        try:
+            self._rounds()
+        except _OutOfTime:
+            self._note("the budget ended before the last trials")
+        result = conclude(
+            self.record,
+            plan,
+            self.scorer.metric,
+            self.output,
+            self.full_steps,
+            self.run_of_pair.order.steps_per_epoch,
+            self.seconds(),
+        )
+        self._write_recipe(Arm(**result.best), result.steps)
+        self.record.result = result.as_json()
+        self._save()
+        shutil.rmtree(self.output / ARMS, ignore_errors=True)
+        self.listener(Progress("pilot", 1, 1))
+        return result
+
+    # Time
+
+    def seconds(self) -> float:
+        """Return the seconds that the pilot has used, in all processes that have worked on it."""
+        return self.used_before + time.perf_counter() - self.started
+
+    @property
+    def remaining(self) -> float:
+        return self.budget - self.seconds()
+
+    def _save(self) -> None:
+        self.record.seconds = self.seconds()
+        write_pilot(self.output, self.record)
+
+    def _note(self, text: str) -> None:
+        if text not in self.record.notes:
+            self.record.notes.append(text)
+
+    # Preparation
+
+    def _prepare(self) -> None:
+        """Load rows and models, train the stage before the run, and open the teacher with a cache for all trials."""
+        resolved = fitted(self.resolved)
+        run = prepare(resolved.recipe, self.listener)
+        self.base = with_resolved_values(resolved, run.resolved_values)
+        self.full_steps = run.steps
+        inputs = dict(run.inputs)
+        check_unchanged(self.record.inputs, inputs, self.output)
+        self.record.inputs = inputs
+        if run.device.type == "cpu":
+            keep_freed_memory()
+        stages = stages_of(self.base, [FineTuning()])
+        options = TrainOptions(resume=(self.output / output_dir.SFT).is_dir())
+        checkpoints = StageCheckpoints(None, {})
+        if options.resume:
+            checkpoints = read_checkpoints(self.base, stages, self.output, options)
+        self._save()
+        run = run_prior_stages(run, stages, self.base, self.output, checkpoints, None, self.listener)
+        initial = {name: weight.to("cpu", copy=True) for name, weight in run.student.state().items()}
+        self.run_of_pair = replace(run, initial_weights=initial.copy)
+        self.teacher = self._shared_teacher()
+        limit = SCORED_ROWS if self.record.plan is None else self.record.plan["rows"]
+        self.scorer = HeldOutScorer(self.run_of_pair, limit)
+
+    def _shared_teacher(self) -> LocalTeacher:
+        """Return the teacher with a cache that serves every trial: of rows, held-out rows and replayed rollouts."""
+        recipe = arm_recipe(self.base, Arm(self.grid.divergence[0], 1.0, schedule="auto")).recipe
+        train = recipe.train.model_copy(update={"steps": None, "epochs": 2.0})
+        recipe = recipe.model_copy(update={"train": train, "data": self.run_of_pair.recipe.data})
+        handle = open_teacher(replace(self.run_of_pair, recipe=recipe), self.listener)
+        assert handle is not None
+        return handle.teacher
+
+    def _recipe(self, arm: Arm, steps: int) -> Recipe:
+        """Return the recipe of a trial."""
+        recipe = fitted(arm_recipe(self.base, arm)).recipe
+        return trial_recipe(recipe.model_copy(update={"data": self.run_of_pair.recipe.data}), steps, self.full_steps)
+
+    # The plan
+
+    def _plan(self) -> PilotPlan:
+        """Measure what steps and scorings cost, and plan the rounds."""
+        costs = self._measure()
+        teacher_steps = self.run_of_pair.order.steps_per_epoch
+        make = partial(make_plan, self.grid, full_steps=self.full_steps, teacher_steps=teacher_steps)
+        plan = make(costs=costs, available=self._available())
+        rows = len(self.scorer.rows)
+        if costs.score > _SCORING_SHARE * plan.seconds and rows > _FEWEST_SCORED:
+            fewer = max(_FEWEST_SCORED, int(rows * _SCORING_SHARE * plan.seconds / costs.score))
+            self.scorer = self.scorer.limited(fewer)
+            costs = replace(costs, score=costs.score * fewer / rows)
+            plan = make(costs=costs, available=self._available())
+        for left_out in plan.left_out:
+            self._note(f"not tried, did not fit into the budget: {left_out}")
+        self.record.plan = {**asdict(plan), "rows": len(self.scorer.rows)}
+        self._save()
+        return plan
+
+    def _available(self) -> float:
+        return self.budget * (1 - _RESERVE) - self.seconds()
+
+    def _measure(self) -> Costs:
+        """Measure the seconds of steps of each kind, of a scoring and of a checkpoint, on steps that are thrown away."""
+        divergence, lr = self.grid.divergence[0], self.grid.lr[0]
+        on_rows = Arm(divergence, lr)
+        new_rows, _ = self._step_seconds(on_rows)
+        known_rows, switch = self._step_seconds(on_rows)
+        sft, _ = self._step_seconds(Arm(SFT_ARM, lr))
+        rows = statistics.median(known_rows)
+        fresh = rows
+        if self.grid.schedule != (ROWS_ALONE,):
+            of_outputs, _ = self._step_seconds(Arm(divergence, lr, schedule="on"), whole_bulk=True)
+            fresh = max(rows, statistics.fmean(of_outputs))
+        few = self.scorer.limited(_CALIBRATED_ROWS)
+        started = time.perf_counter()
+        few.score(self.run_of_pair.student)
+        score = (time.perf_counter() - started) * len(self.scorer.rows) / len(few.rows)
+        teacher = max(0.0, statistics.median(new_rows) - rows)
+        return Costs(rows, statistics.median(sft), fresh, teacher, score, switch)
+
+    def _step_seconds(
+        self, arm: Arm, *, whole_bulk: bool = False, weights: Mapping[str, Tensor] | None = None
+    ) -> tuple[list[float], float]:
+        """Return the seconds of an arm's first steps, and those of building its trainer and of saving and loading.
+
+        whole_bulk: as many steps as student outputs are sampled for at once. weights: of the student, if not its initial
+        ones.
+        """
+        run = self.run_of_pair
+        steps = run.recipe.rollout.bulk if whole_bulk else _CALIBRATED_STEPS
+        seconds: list[float] = []
+
+        def listen(event: Event) -> None:
+            if isinstance(event, Stepped):
+                seconds.append(event.seconds)
+
+        started = time.perf_counter()
+        trial = replace(run, recipe=self._recipe(arm, 1000 * steps))
+        with tempfile.TemporaryDirectory(dir=self.output, prefix="measure-") as place:
+            run.student.load_state(run.start_weights() if weights is None else weights)
+            trainer = build_trainer(trial, Path(place), listen, teacher=self.teacher)
+            trainer.train(until=steps)
+            trainer.save()
+            trainer.student_loss.release()
+        self._reset_student()
+        return seconds, max(0.0, 2 * (time.perf_counter() - started - sum(seconds)))
+
+    def _say_plan(self) -> None:
+        plan = self.plan
+        steps = plan.steps(Arm(plan.grid.divergence[0], plan.grid.lr[0]))
+        epochs = steps / self.run_of_pair.order.steps_per_epoch
+        what = f"{steps:,} steps ({epochs:.1f} epochs) on rows in {format_duration(plan.seconds)}"
+        self.listener(
+            Note(f"pilot: runs of at most {what}, scored on {counted(len(self.scorer.rows), 'held-out row')}")
+        )
+        for note in self.record.notes:
+            self.listener(Note(note))
+
+    # Rounds
+
+    def _rounds(self) -> None:
+        """Run the three rounds of ``pilot_plan``."""
+        grid = self.plan.grid
+        if grid.searches_rates:
+            grid = replace(grid, lr=tuple(arm.lr for arm in self._decide("rates", self._search_rates)))
+        first = grid.of_rates(grid.lr)
+        later = self.plan.round_seconds(grid.variations(first[-1])) + self.plan.last_round_seconds
+        finished = self._halve("objectives", first, later)
+        of_divergences = [arm for arm in finished if arm.divergence != SFT_ARM]
+        if not of_divergences:
+            return
+        variations = grid.variations(of_divergences[0])
+        if any(arm.schedule != ROWS_ALONE for arm in variations):
+            self._measure_outputs(of_divergences[0])
+        finished += self._halve("variations", variations, self.plan.last_round_seconds)
+        (best,) = self._decide("best", lambda: self._ranked(finished, len(RUNGS) - 1)[:1])
+        self._advance(replace(best, share=0.5), len(RUNGS) - 1)
+
+    def _measure_outputs(self, best: Arm) -> None:
+        """Measure a step on student outputs again, with the weights of the best arm so far, which end their answers.
+
+        The steps of the arms with student outputs depend on it, so that they take the same seconds.
+        """
+        assert self.record.plan is not None
+        if "fresh" not in self.record.decided_costs:
+            run = self.run_of_pair
+            checkpoint = find_checkpoint(self.output / ARMS / best.name, self._recipe(best, self.plan.steps(best)))
+            assert checkpoint is not None
+            restore_student(run.student, checkpoint)
+            weights = {name: weight.to("cpu", copy=True) for name, weight in run.student.state().items()}
+            on = replace(best, schedule="on")
+            seconds, _ = self._step_seconds(on, whole_bulk=True, weights=weights)
+            self.record.decided_costs["fresh"] = max(self.plan.costs.rows, statistics.fmean(seconds))
+            self._save()
+        self.plan = replace(self.plan, costs=replace(self.plan.costs, **self.record.decided_costs))
+
+    def _decide(self, place: str, make: Callable[[], list[Arm]]) -> list[Arm]:
+        """Return the arms that were chosen at this place before, or choose them now."""
+        arms = self.record.decide(place, make)
+        self._save()
+        return arms
+
+    def _search_rates(self) -> list[Arm]:
+        """Return arms of the best learning rate of the first divergence, at the first rung, and of its neighbors.
+
+        From the recipe's rate it goes up or down by factors of 2 until the score is worse.
+        """
+        center = Arm(self.plan.grid.divergence[0], self.plan.grid.lr[0], self.plan.grid.temperature[0])
+        arms = [replace(center, lr=lr) for lr in self.plan.grid.lr]
+        for _ in range(_MOST_SEARCHED):
+            scored = self._ranked([arm for arm in arms if self._advance(arm, 0)], 0)
+            best = scored[0] if scored else center
+            missing = [arm for arm in _neighbors(best) if arm not in arms]
+            if not missing or self.remaining < _SEARCH_SHARE * self.budget:
+                break
+            arms += missing
+        return [best, *_neighbors(best)][: len(self.plan.grid.lr)]
+
+    def _halve(self, round_name: str, arms: list[Arm], later: float) -> list[Arm]:
+        """Train arms to the end by successive halving within each family; return those that reached it, best first.
+
+        later: expected seconds of the rounds that follow.
+        """
+        for rung in range(len(RUNGS)):
+            if rung:
+                arms = self._decide(f"{round_name} {rung}", partial(self._continuing, arms, rung, later))
+            arms = [arm for arm in arms if self._advance(arm, rung)]
+        return self._ranked(arms, len(RUNGS) - 1)
+
+    def _continuing(self, arms: list[Arm], rung: int, later: float) -> list[Arm]:
+        """Return the better half of each family, or the best of each if time is short."""
+        by_family: dict[str, list[Arm]] = {}
+        for arm in self._ranked(arms, rung - 1):
+            by_family.setdefault(arm.family, []).append(arm)
+        half = [arm for members in by_family.values() for arm in members[: kept(len(members))]]
+        one = [members[0] for members in by_family.values()]
+        fits = self._pace() * (self.plan.round_seconds(half, rung) + later) <= self.remaining
+        if not fits and len(one) < len(half):
+            self._note(f"time was short: {counted(len(half) - len(one), 'arm')} stopped early")
+        selected = half if fits else one
+        for arm in arms:
+            if arm not in selected:
+                shutil.rmtree(self.output / ARMS / arm.name, ignore_errors=True)
+        return selected
+
+    def _ranked(self, arms: SequenceOf[Arm], rung: int) -> list[Arm]:
+        return sorted((arm for arm in arms if self.record.trial(arm, rung)), key=lambda arm: -self._merit(arm, rung))
+
+    def _merit(self, arm: Arm, rung: int) -> float:
+        """Return an arm's score after a rung, higher is better."""
+        trial = self.record.trial(arm, rung)
+        assert trial is not None
+        return trial.scores.figure if self.scorer.metric.higher_is_better else -trial.scores.figure
+
+    def _pace(self) -> float:
+        """Return how many times the planned seconds the trials of this process have taken so far, at least 1."""
+        return max(1.0, self.taken / self.expected) if self.expected else 1.0
+
+    # Trials
+
+    def _advance(self, arm: Arm, rung: int) -> bool:
+        """Train an arm to a rung and score it, unless that is done. Return whether it has the score.
+
+        Raises _OutOfTime when the budget is used up.
+        """
+        if self.record.trial(arm, rung) is not None:
+            return True
+        reached = next((RUNGS[at] for at in reversed(range(rung)) if self.record.trial(arm, at)), 0.0)
+        expected = self.plan.trial_seconds(arm, rung, reached)
+        if self._pace() * expected > self.remaining:
+            self._note(f"not trained to the end, for lack of time: {arm.settings}, lr {arm.lr:g}")
+            return False
+        started = time.perf_counter()
+        state = self._train(arm, self.plan.rung_steps(arm, rung)).state
+        scores = self.scorer.score(self.run_of_pair.student)
+        self.taken += time.perf_counter() - started
+        self.expected += expected
+        of_outputs = state.steps_with(Source.ROLLOUT) + state.steps_with(Source.REPLAY)
+        train_s = round(sum(state.source_seconds.values()), 3)
+        self.record.add(arm, rung, Trial(state.step, train_s, scores, of_outputs / state.step))
+        self._save()
+        label = self.scorer.metric.label
+        done = f"step {state.step:,} of {self.plan.steps(arm):,}"
+        self.listener(Note(f"{arm.settings}, lr {arm.lr:g} · {done} · {label} {scores.figure:.2f}"))
+        self.listener(Progress("pilot", int(self.seconds()), int(max(self.budget, self.seconds() + 1)), "s"))
+        return True
+
+    def _train(self, arm: Arm, until: int) -> Trainer:
+        """Train an arm to this step, from its checkpoint if there is one, and save it."""
+        run = replace(self.run_of_pair, recipe=self._recipe(arm, self.plan.steps(arm)))
+        place = self.output / ARMS / arm.name
+        place.mkdir(parents=True, exist_ok=True)
+        checkpoint = find_checkpoint(place, run.recipe, is_required=False)
+        if checkpoint is None:
+            self._reset_student()
+        else:
+            restore_student(run.student, checkpoint)
+        build: Callable[[Listener], Trainer] = lambda log: build_trainer(run, place, log, teacher=self.teacher)  # noqa: E731
+        trainer = start_trainer(build, place, run.recipe.train, checkpoint, self._listen)
+        try:
+            self._train_in_slices(trainer, arm, until)
+        finally:
+            trainer.student_loss.release()
+        return trainer
+
+    def _train_in_slices(self, trainer: Trainer, arm: Arm, until: int) -> None:
+        each = max(1, round(_SLICE_SECONDS / self.plan.costs.step(arm)))
+        saved = time.perf_counter()
+        while trainer.state.step < until:
+            trainer.train(until=min(until, trainer.state.step + each))
+            if trainer.state.step < until and self.remaining < 0:
+                raise _OutOfTime
+            if time.perf_counter() - saved > _SAVE_SECONDS:
+                trainer.save()
+                saved = time.perf_counter()
+        trainer.save()
+
+    def _reset_student(self) -> None:
+        """Give the student its initial weights, and the random state of the seed."""
+        run = self.run_of_pair
+        run.student.load_state(run.start_weights())
+        torch.manual_seed(run.recipe.train.seed)
+
+    def _listen(self, event: Event) -> None:
+        """Pass on the warnings of trials, each once."""
+        if isinstance(event, Warned) and event.text not in self.warned:
+            self.warned.add(event.text)
+            self.listener(event)
+
+    # The recipe
+
+    def _write_recipe(self, arm: Arm, steps: int) -> None:
+        """Write the recipe of the best arm, with the number of steps that is worth it."""
+        resolved = fitted(arm_recipe(self.base, replace(arm, share=1.0)))
+        changes: Mapping[str, tuple[object, str]] = {"train.steps": (steps, "distillm pilot")}
+        output_dir.write_recipe(self.output, to_yaml(with_resolved_values(resolved, changes)))

@@ -1,0 +1,220 @@
+"""Conclude a pilot: choose the best arm, and answer its questions with differences on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from distillm_cli.config.pilot_grid import SFT_ARM, Arm
+from distillm_cli.errors import UsageError
+from distillm_cli.evaluation.metrics import Metric
+from distillm_cli.runs import output_dir
+from distillm_cli.runs.pilot_plan import RUNGS, PilotPlan
+from distillm_cli.runs.pilot_record import PilotRecord, Trial
+from distillm_cli.runs.pilot_scores import Difference, paired_difference
+from distillm_cli.runs.run_results import PilotArm, PilotResult
+
+_LAST = len(RUNGS) - 1
+
+
+def conclude(
+    record: PilotRecord,
+    plan: PilotPlan,
+    metric: Metric,
+    output: Path,
+    full_steps: int,
+    steps_per_epoch: int,
+    seconds: float,
+) -> PilotResult:
+    """Return the result of the trials in a record. full_steps: of the recipe's run. seconds: that the pilot has used."""
+    judge = _Judge(record, plan, metric)
+    whole = [arm for arm in judge.arms if arm.share == 1]
+    if not whole:
+        hint = "give more --minutes in another --output"
+        raise UsageError("usage.budget_too_small", "the budget ended before the first trial", hint=hint)
+    chosen = record.decisions.get("best")
+    best = Arm(**chosen[0]) if chosen else judge.best(whole)
+    assert best is not None
+    steps, on_steps = _on_steps(judge, best, full_steps)
+    answers = [
+        _on_objective(judge),
+        _on_outputs(judge, full_steps, steps_per_epoch),
+        _on_sft(judge),
+        on_steps,
+        _on_rate(judge, best),
+    ]
+    return PilotResult(
+        output=output,
+        wall_s=round(seconds, 1),
+        recipe=str(output / output_dir.RECIPE),
+        best=asdict(best),
+        steps=steps,
+        metric=metric.name,
+        rows=plan_rows(record),
+        arms=tuple(judge.table(best)),
+        answers=tuple(answer for answer in answers if answer),
+        notes=tuple(record.notes),
+    )
+
+
+def plan_rows(record: PilotRecord) -> int:
+    """Return the number of held-out rows that arms were compared on."""
+    assert record.plan is not None
+    return int(record.plan["rows"])
+
+
+@dataclass
+class _Judge:
+    """Compare the arms of a record."""
+
+    record: PilotRecord
+    plan: PilotPlan
+    metric: Metric
+
+    @property
+    def arms(self) -> list[Arm]:
+        return self.record.arms
+
+    def rung(self, arm: Arm) -> int:
+        """Return the last rung of an arm."""
+        return max(rung for rung in range(len(RUNGS)) if self.record.trial(arm, rung) is not None)
+
+    def trial(self, arm: Arm, rung: int) -> Trial:
+        trial = self.record.trial(arm, rung)
+        assert trial is not None
+        return trial
+
+    def best(self, arms: Iterable[Arm]) -> Arm | None:
+        """Return the arm with the best figure among those that came furthest; None without arms."""
+        sign = 1 if self.metric.higher_is_better else -1
+        arms = list(arms)
+        if not arms:
+            return None
+        return max(arms, key=lambda arm: (self.rung(arm), sign * self.trial(arm, self.rung(arm)).scores.figure))
+
+    def compare(self, first: Arm, second: Arm, rung: int) -> Difference:
+        """Return by how much the first arm is better, both after this rung."""
+        scores = [self.trial(arm, rung).scores for arm in (first, second)]
+        return paired_difference(*scores, lower_is_better=not self.metric.higher_is_better)
+
+    def versus(self, first: Arm, second: Arm) -> tuple[Difference, str]:
+        """Return by how much the first arm is better, after the last rung of both, and a clause with the figures."""
+        rung = min(self.rung(first), self.rung(second))
+        difference = self.compare(first, second, rung)
+        figures = " against ".join(
+            f"{self.trial(arm, rung).scores.figure:.2f} with {arm.settings} (lr {arm.lr:g}, "
+            f"{self.trial(arm, rung).train_s:.0f} s)"
+            for arm in (first, second)
+        )
+        after = "" if rung == _LAST else f" after {RUNGS[rung]:.0%} of the steps"
+        return difference, f"{self.metric.label} {figures}{after}, {_interval(difference)}"
+
+    def table(self, best: Arm) -> Iterable[PilotArm]:
+        """Yield the lines of the table: arms that came furthest first, each compared with the best after its last rung."""
+        sign = 1 if self.metric.higher_is_better else -1
+        order = sorted(
+            self.arms, key=lambda arm: (-self.rung(arm), -sign * self.trial(arm, self.rung(arm)).scores.figure)
+        )
+        for arm in order:
+            rung = self.rung(arm)
+            trial = self.trial(arm, rung)
+            difference = None
+            if arm != best:
+                of_best = min(rung, self.rung(best))
+                difference = self.compare(arm, best, of_best)
+            yield PilotArm(
+                name=arm.settings,
+                lr=arm.lr,
+                steps=trial.step,
+                of_steps=self.plan.steps(arm),
+                train_s=trial.train_s,
+                output_share=round(trial.output_share, 3),
+                figure=trial.scores.figure,
+                difference=None if difference is None else (difference.mean, difference.low, difference.high),
+                is_best=arm == best,
+            )
+
+
+def _interval(difference: Difference) -> str:
+    """Describe a difference: "better by 1.20 (95 % interval 0.40 to 2.00)"."""
+    word, sign = ("better", 1) if difference.mean >= 0 else ("worse", -1)
+    low, high = sorted((sign * difference.low, sign * difference.high))
+    return f"{word} by {abs(difference.mean):.2f} (95 % interval {low:.2f} to {high:.2f})".replace("-", "−")
+
+
+def _on_objective(judge: _Judge) -> str | None:
+    """Say which objective is best on the rows, and how it compares with the next."""
+    on_rows = [arm for arm in judge.arms if arm.family == "rows" and arm.share == 1]
+    names = dict.fromkeys(arm.divergence for arm in on_rows)
+    of_each = [judge.best(arm for arm in on_rows if arm.divergence == name) for name in names]
+    ranked: list[Arm] = []
+    while (left := [arm for arm in of_each if arm is not None and arm not in ranked]) and len(ranked) < 2:
+        found = judge.best(left)
+        assert found is not None
+        ranked.append(found)
+    if not ranked:
+        return None
+    if len(ranked) == 1:
+        return f"Objective: {ranked[0].divergence}, the only one that was tried."
+    difference, clause = judge.versus(*ranked)
+    verdict = "" if difference.is_clear else ", but the difference to the next is not clear"
+    return f"Objective: {ranked[0].divergence} is the best{verdict}: {clause}."
+
+
+def _on_outputs(judge: _Judge, full_steps: int, steps_per_epoch: int) -> str | None:
+    """Say whether student outputs pay for themselves, in the same seconds."""
+    outputs = judge.best(arm for arm in judge.arms if arm.family == "outputs" and arm.share == 1)
+    rows = judge.best(arm for arm in judge.arms if arm.family == "rows" and arm.share == 1)
+    if outputs is None or rows is None:
+        return None
+    difference, clause = judge.versus(outputs, rows)
+    if not difference.is_clear:
+        verdict = "It is not clear that student outputs pay for themselves here"
+    elif difference.mean > 0:
+        verdict = "Student outputs pay for themselves here"
+    else:
+        verdict = "Student outputs do not pay for themselves here"
+    sentence = f"{verdict}: {clause}."
+    epochs = judge.plan.steps(rows) / steps_per_epoch
+    if epochs < 0.75 * full_steps / steps_per_epoch:
+        sentence += f" The trials had {epochs:.1f} epochs and the recipe has {full_steps / steps_per_epoch:.1f}:"
+        sentence += " student outputs gain more when rows repeat more often."
+    return sentence
+
+
+def _on_sft(judge: _Judge) -> str | None:
+    """Say whether plain SFT is enough."""
+    sft = judge.best(arm for arm in judge.arms if arm.divergence == SFT_ARM and arm.share == 1)
+    other = judge.best(arm for arm in judge.arms if arm.divergence != SFT_ARM and arm.share == 1)
+    if sft is None or other is None:
+        return None
+    difference, clause = judge.versus(other, sft)
+    if not difference.is_clear:
+        return f"Plain SFT may be enough, as no difference to distillation is clear: {clause}."
+    return f"Plain SFT is {'not ' if difference.mean > 0 else ''}enough: {clause}."
+
+
+def _on_rate(judge: _Judge, best: Arm) -> str | None:
+    """Say whether the best learning rate is at an end of those that were tried."""
+    rates = [arm.lr for arm in judge.arms if arm.divergence == best.divergence]
+    if len(set(rates)) == 1 or min(rates) < best.lr < max(rates):
+        return None
+    end, more = ("largest", "larger") if best.lr == max(rates) else ("smallest", "smaller")
+    return f"The best learning rate, {best.lr:g}, is the {end} that was tried; {more} ones may be better."
+
+
+def _on_steps(judge: _Judge, best: Arm, full_steps: int) -> tuple[int, str | None]:
+    """Return the steps that are worth it, and a sentence. Without a trial of half of the steps, they are the recipe's."""
+    short = next((arm for arm in judge.arms if arm.share != 1), None)
+    if short is None:
+        return full_steps, None
+    steps = [judge.plan.steps(arm) for arm in (short, best)]
+    difference = judge.compare(best, short, _LAST)
+    what = f"twice the steps ({steps[0]:,} to {steps[1]:,}) are {_interval(difference)}"
+    if difference.mean > 0:
+        verdict = "worth it" if difference.is_clear else "perhaps worth it"
+        more = f"; the recipe's {full_steps:,} were not tried" if steps[1] < full_steps else ""
+        return full_steps, f"{full_steps:,} steps are {verdict}: {what}{more}."
+    enough = steps[0]
+    return enough, f"{enough:,} steps are enough: {what}."
