@@ -52,13 +52,15 @@ from distillm_cli.models.tokenizer_files import own_tokenizer
 from distillm_cli.runs import inference
 from distillm_cli.runs.eval_analysis import (
     ScoredSuite,
+    common_rows,
     compare_suite,
     leakage_of,
     sentence,
     training_data,
     without_leaked,
 )
-from distillm_cli.runs.eval_options import NO_OPTIONS, EvalOptions
+from distillm_cli.runs.eval_judge import Judgments, ratings_json
+from distillm_cli.runs.eval_options import NO_OPTIONS, EvalOptions, JudgeOptions
 from distillm_cli.runs.eval_teacher import LoadedTeacher
 from distillm_cli.runs.inference import Settings
 from distillm_cli.runs.run_results import SERVER, CheckpointScores, EvalResult
@@ -92,6 +94,13 @@ class _Job:
     has_recipe: bool = False
     places: dict[str, Path] = field(default_factory=dict)
     scores: dict[str, SuiteScores] = field(default_factory=dict)
+    ratings: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add_ratings(self, ratings: dict[str, dict[str, float]]) -> None:
+        """Add the ratings of a judge, by suite and row, to the scores."""
+        self.ratings = ratings
+        for name, of_rows in ratings.items():
+            self.scores[name] = {**self.scores[name], "judge": ratings_json(of_rows, self.scores[name]["rows"])}
 
     def config(self, suite: Suite) -> EvalConfig:
         """Return the settings for a suite."""
@@ -111,15 +120,15 @@ def evaluate_checkpoints(
     """Score every checkpoint on every suite.
 
     Errors in names, rows and paths are reported before the first model is loaded. output: a directory; None for one in
-    each checkpoint. names: directory names of the
-    checkpoints, if there are several; by default from their paths. server: address of a server that generates, for one
-    checkpoint: a directory with a tokenizer, or the name of a model on the server.
+    each checkpoint. names: directory names of the checkpoints, if there are several; by default from their paths. server:
+    address of a server that generates, for one checkpoint: a directory with a tokenizer, or the name of a model on the
+    server. options: what is measured beside the scores.
     """
     started = time.perf_counter()
     if server is not None and len(checkpoints) > 1:
         what = f"--server with {len(checkpoints)} checkpoints"
         raise UsageError("usage.exclusive_options", what, hint="score one model of a server at a time")
-    options.check(len(checkpoints), on_server=server is not None)
+    options.check(len(set(map(Path, checkpoints))), on_server=server is not None)
     jobs = _jobs(checkpoints, settings, output, names or {}, server, options, listener)
     teacher = LoadedTeacher(options.teacher)
     try:
@@ -127,6 +136,9 @@ def evaluate_checkpoints(
             _score(job, teacher, listener)
             if options.counts_leakage:
                 _add_leakage(job, listener)
+        judge = None if options.judge is None else world().broadcast(partial(_judge, jobs, options.judge, listener))
+        for job, ratings in zip(jobs, () if judge is None else judge.ratings, strict=False):
+            job.add_ratings(ratings)
         comparisons = tuple(_compare(jobs, listener)) if options.compare else ()
     except KeyboardInterrupt as stop:
         finished = sum(len(job.scores) for job in jobs)
@@ -138,7 +150,32 @@ def evaluate_checkpoints(
         output=output or str(jobs[0].output),
         wall_s=round(time.perf_counter() - started, 3),
         comparisons=comparisons,
+        judge=None if judge is None else judge.summary,
     )
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Hold the ratings of each checkpoint by suite and row, and the object ``judge`` of ``--json``."""
+
+    ratings: list[dict[str, dict[str, float]]]
+    summary: Mapping[str, Any]
+
+
+def _judge(jobs: list[_Job], options: JudgeOptions, listener: Listener) -> _Judged:
+    """Ask the judge about the responses of all checkpoints, and with ``--compare`` about pairs of responses."""
+    judgments = Judgments(options, listener)
+    ratings = []
+    for job in jobs:
+        suites = [suite for suite in job.suites if suite.name in job.places]
+        ratings.append({suite.name: judgments.rate(suite.name, _predictions(job, suite)) for suite in suites})
+    pairs = []
+    for job, suite in _common_suites(jobs) if jobs[0].options.compare else ():
+        first, second = (_predictions(one, suite) for one in (jobs[0], job))
+        rows = common_rows(first.where, second.where)
+        sides = [(jobs[0].checkpoint, first.select(rows[0])), (job.checkpoint, second.select(rows[1]))]
+        pairs.append(judgments.choose(suite.name, sides[0], sides[1]))
+    return _Judged(ratings, {**judgments.summary(), "pairs": pairs})
 
 
 def _predictions(job: _Job, suite: Suite) -> Predictions:
@@ -160,15 +197,15 @@ def _add_leakage(job: _Job, listener: Listener) -> None:
 
 def _scored(job: _Job, suite: Suite) -> ScoredSuite:
     references = read_references(job.output / suite.name) if job.options.measures_references else []
-    return ScoredSuite(job.checkpoint, _predictions(job, suite), references)
+    return ScoredSuite(job.checkpoint, _predictions(job, suite), references, job.ratings.get(suite.name, {}))
 
 
 def _listed(make: Callable[[], Iterator[Difference]]) -> list[Difference]:
     return list(make())
 
 
-def _compare(jobs: list[_Job], listener: Listener) -> Iterator[Mapping[str, Any]]:
-    """Yield the differences of each checkpoint and the first, by suite and metric."""
+def _common_suites(jobs: list[_Job]) -> Iterator[tuple[_Job, Suite]]:
+    """Yield each checkpoint but the first with its suites of prompts that the first has too. Raises DataError for none."""
     first, *others = jobs
     for job in others:
         common = [suite for suite in job.suites if suite.name in first.places and suite.name in job.places]
@@ -176,9 +213,15 @@ def _compare(jobs: list[_Job], listener: Listener) -> Iterator[Mapping[str, Any]
             what = f"{first.checkpoint} and {job.checkpoint} have no suite in common"
             raise DataError("data.no_common_rows", what, hint="score both on the same rows: --suite NAME")
         for suite in common:
-            compare = partial(compare_suite, suite.name, _scored(first, suite), _scored(job, suite), listener)
-            for found in world().broadcast(partial(_listed, compare)):
-                yield {**found.as_json(), "sentence": sentence(found)}
+            yield job, suite
+
+
+def _compare(jobs: list[_Job], listener: Listener) -> Iterator[Mapping[str, Any]]:
+    """Yield the differences of each checkpoint and the first, by suite and metric."""
+    for job, suite in _common_suites(jobs):
+        compare = partial(compare_suite, suite.name, _scored(jobs[0], suite), _scored(job, suite), listener)
+        for found in world().broadcast(partial(_listed, compare)):
+            yield {**found.as_json(), "sentence": sentence(found)}
 
 
 def _jobs(

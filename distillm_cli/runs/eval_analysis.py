@@ -52,20 +52,24 @@ def without_leaked(found: Leakage, predictions: Predictions) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ScoredSuite:
-    """Hold the results of a checkpoint on a suite. references: lines by row, none if they were not measured."""
+    """Hold the results of a checkpoint on a suite. references: lines by row, none if they were not measured.
+
+    ratings: of a judge, by row.
+    """
 
     checkpoint: str
     predictions: Predictions
     references: list[dict[str, Any]]
+    ratings: dict[str, float]
 
 
 def compare_suite(suite: str, a: ScoredSuite, b: ScoredSuite, listener: Listener) -> Iterator[Difference]:
     """Yield the differences of two checkpoints on a suite, by every metric that both have."""
     names = (a.checkpoint, b.checkpoint)
-    rows_a, rows_b = _common_rows(a.predictions.where, b.predictions.where)
+    rows_a, rows_b = common_rows(a.predictions.where, b.predictions.where)
     if not rows_a:
         what = f"{names[0]} and {names[1]} have no common rows in {suite}"
-        raise DataError("data.no_common_rows", what, hint="score both on the same rows: --suite NAME")
+        raise DataError("data.nocommon_rows", what, hint="score both on the same rows: --suite NAME")
     if len(rows_a) < max(len(a.predictions.where), len(b.predictions.where)):
         listener(Warned(f"{suite}: compared on the {len(rows_a):,} rows that {names[0]} and {names[1]} have in common"))
     of_a, of_b = a.predictions.select(rows_a), b.predictions.select(rows_b)
@@ -77,9 +81,16 @@ def compare_suite(suite: str, a: ScoredSuite, b: ScoredSuite, listener: Listener
         sides = [Side(label, of.figures(metric), of.sums(metric)) for label, of in pairs]
         yield compare_sides(suite, name, sides, metric.figure_of_sums, higher_is_better=metric.higher_is_better)
     yield from _compare_references(suite, names, a.references, b.references)
+    rated = [where for where in a.ratings if where in b.ratings]
+    if rated:
+        sides = []
+        for label, ratings in zip(names, (a.ratings, b.ratings), strict=True):
+            sums_1N2 = np.array([[(ratings[where], 1) for where in rated]], dtype=np.float64)
+            sides.append(Side(label, [float(sums_1N2[0, :, 0].mean())], sums_1N2))
+        yield compare_sides(suite, "judge", sides, partial(_ratio, 1), higher_is_better=True)
 
 
-def _common_rows(a: list[str], b: list[str]) -> tuple[list[int], list[int]]:
+def common_rows(a: list[str], b: list[str]) -> tuple[list[int], list[int]]:
     """Return the indices of common rows in both lists, in order."""
     if a == b:
         return list(range(len(a))), list(range(len(b)))
@@ -92,7 +103,7 @@ def _compare_references(
     suite: str, names: tuple[str, str], a: list[dict[str, Any]], b: list[dict[str, Any]]
 ) -> Iterator[Difference]:
     """Yield the differences of the figures of the references. a, b: their lines by row, none if they were not measured."""
-    rows_a, rows_b = _common_rows([line["where"] for line in a], [line["where"] for line in b])
+    rows_a, rows_b = common_rows([line["where"] for line in a], [line["where"] for line in b])
     for name in (LOSS, KL_TEACHER_STUDENT, KL_STUDENT_TEACHER, AGREEMENT) if rows_a else ():
         if name not in a[0] or name not in b[0]:
             continue

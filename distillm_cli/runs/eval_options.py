@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from distillm_cli.errors import UsageError
+from distillm_cli.servers.judge_client import check_judge
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class EvalOptions:
         if self.compare and find_spec("scipy") is None:
             what = "--compare needs the package scipy"
             raise UsageError("usage.missing_package", what, hint="pip install 'distillm[compare]'")
+        if self.judge is not None:
+            check_judge(self.judge.url)
         if on_server and self.measures_references:
             what = "--perplexity and --teacher need the model's weights"
             raise UsageError("usage.not_on_server", what, where="--server", hint="score the model without --server")

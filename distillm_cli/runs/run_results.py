@@ -199,13 +199,14 @@ class CheckpointScores:
 class EvalResult:
     """Hold the result of ``eval``: the scores of each checkpoint, in the order given.
 
-    comparisons: of each checkpoint with the first, by suite and metric.
+    comparisons: of each checkpoint with the first, by suite and metric. judge: requests, cost and pairs of a judge.
     """
 
     checkpoints: tuple[CheckpointScores, ...]
     output: str
     wall_s: float
     comparisons: tuple[Mapping[str, Any], ...] = ()
+    judge: Mapping[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the object of ``--json``."""
@@ -223,6 +224,8 @@ class EvalResult:
             }
         if self.comparisons:
             found["comparisons"] = list(self.comparisons)
+        if self.judge is not None:
+            found["judge"] = self.judge
         return found
 
 

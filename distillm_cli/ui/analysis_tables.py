@@ -21,6 +21,7 @@ def analysis_tables(result: EvalResult) -> Iterator[RenderableType | Note]:
     for title, heads, make_rows in (
         ("pass@k", ("suite", "metric", "k", "pass@k"), _pass_rows),
         ("On the references", _REFERENCES, _reference_rows),
+        ("Ratings of the judge, 1 to 10", ("suite", "rows", "rated", "rating"), _rating_rows),
         ("Rows that occur in the training data", _LEAKAGE, _leakage_rows),
     ):
         rows = _rows(result, make_rows)
@@ -32,7 +33,32 @@ def analysis_tables(result: EvalResult) -> Iterator[RenderableType | Note]:
         for found in result.comparisons:
             yield f"{found['sentence']}."
 
+    if result.judge is not None:
+        pairs: list[Row] = [[pair[key] for key in _PAIR_KEYS] for pair in result.judge["pairs"]]
+        if pairs:
+            yield table("Pairs that the judge compared", _PAIRS, pairs)
+        yield _cost(result.judge)
 
+
+def _cost(judge: Mapping[str, Any]) -> Note:
+    cost = f", {judge['cost']:.4f} at the given prices" if "cost" in judge else ""
+    requests = f"{judge['requests']:,} requests ({judge['cached']:,} cached, {judge['failed']:,} failed)"
+    tokens = f"{judge['tokens_in']:,} tokens in, {judge['tokens_out']:,} tokens out"
+    return Note(f"judge {judge['model']}: {requests}, {tokens}{cost}")
+
+
+_PAIR_KEYS = ("suite", "b", "a", "wins", "losses", "ties", "order_dependent", "unjudged", "win_rate")
+_PAIRS = (
+    "suite",
+    "checkpoint",
+    "compared with",
+    "wins",
+    "losses",
+    "ties",
+    "depends on order",
+    "unjudged",
+    "win rate, %",
+)
 _REFERENCES = (
     "suite",
     "rows",
@@ -42,7 +68,7 @@ _REFERENCES = (
     "same top token, %",
     "teacher's perplexity",
 )
-_LEAKAGE = ("suite", "training rows", "same prompt", "same row", "13-gram", "left", "metric", "score", "without")
+_LEAKAGE = ("suite", "training rows", "same prompt", "same row", "13-gram", "rows left", "metric", "score", "without")
 _COMPARISON = (
     "suite",
     "metric",
@@ -78,6 +104,12 @@ def _reference_rows(name: str, suite: Mapping[str, Any]) -> Iterator[Row]:
     divergences = [found.get("kl_teacher_student"), found.get("kl_student_teacher")]
     agreement = None if "agreement" not in found else f"{found['agreement']:.2f}"
     yield [name, found["rows"], found["perplexity"], *divergences, agreement, found.get("teacher_perplexity")]
+
+
+def _rating_rows(name: str, suite: Mapping[str, Any]) -> Iterator[Row]:
+    found = suite.get("judge")
+    if found is not None:
+        yield [name, found["rows"], found["rated"], None if found["mean"] is None else f"{found['mean']:.2f}"]
 
 
 def _leakage_rows(name: str, suite: Mapping[str, Any]) -> Iterator[Row]:
