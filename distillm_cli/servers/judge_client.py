@@ -24,6 +24,7 @@ KEY = "OPENAI_API_KEY"  # environment variables of the client
 BASE_URL = "OPENAI_BASE_URL"
 _WORKERS = 8
 _MAX_FAILURES = 3  # failed requests after which no other is sent
+_RETRIES = 2  # of a request that the server may answer later
 _MAX_TOKENS = 1024  # of an answer
 _MESSAGE_CHARS = 200
 
@@ -66,7 +67,7 @@ class JudgeClient:
         self._cache = cache
         self._key = os.environ.get(KEY)
         # A local server needs no key, but the client does.
-        self._client = OpenAI(base_url=url, api_key=self._key or "none", timeout=answer_timeout(), max_retries=2)
+        self._client = OpenAI(base_url=url, api_key=self._key or "none", timeout=answer_timeout(), max_retries=_RETRIES)
         self._lock = threading.Lock()
         self.failures = 0
 
