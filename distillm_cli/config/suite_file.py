@@ -24,6 +24,7 @@ from distillm_cli.errors import DataError
 from distillm_cli.utils.storage import ASSETS
 
 SUFFIXES = (".yaml", ".yml")
+LM_EVAL = "lm-eval:"  # prefix of suites that are tasks of lm-eval
 _OF_EVAL = ("metrics", "rouge_tokenizer", "seeds", "strip_reasoning", "limit")
 _GENERATION = ("greedy", "temperature", "top_p", "top_k", "max_new_tokens", "no_repeat_ngram_size")
 
@@ -71,7 +72,7 @@ def suite_path(name: str) -> Path | None:
     if name in shipped_suites():
         return shipped_suites()[name]
     path = Path(name).expanduser()
-    return path if path.suffix in SUFFIXES else None
+    return path if path.suffix in SUFFIXES and not name.startswith(LM_EVAL) else None
 
 
 def read_suite_file(path: Path) -> SuiteFile:

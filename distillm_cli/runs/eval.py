@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from distillm_cli.config.schema import EvalConfig, Recipe
 from distillm_cli.config.shortcuts import Flag
 from distillm_cli.config.student_spec import BUILTIN_MODELS
+from distillm_cli.config.suite_file import LM_EVAL
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.trigger import check_trigger
 from distillm_cli.errors import DataError, Interrupted, ModelError, UsageError, signal_number
@@ -60,6 +61,7 @@ from distillm_cli.runs.eval_analysis import (
     without_leaked,
 )
 from distillm_cli.runs.eval_judge import Judgments, ratings_json
+from distillm_cli.runs.eval_lm_eval import load_task, save_task, score_tasks, split_suites
 from distillm_cli.runs.eval_options import NO_OPTIONS, EvalOptions, JudgeOptions
 from distillm_cli.runs.eval_teacher import LoadedTeacher
 from distillm_cli.runs.inference import Settings
@@ -81,7 +83,7 @@ class _Job:
     """Hold one checkpoint to score: its recipe, suites and output directory, and the scores so far.
 
     by_hand: keys of the settings that were given for this call, which suite files do not change. has_recipe: whether the
-    recipe is the checkpoint's own. places: by suite, the directory of its results.
+    recipe is the checkpoint's own. tasks: of lm-eval. places: by suite, the directory of its results.
     """
 
     checkpoint: str
@@ -92,6 +94,7 @@ class _Job:
     by_hand: frozenset[str] = frozenset()
     options: EvalOptions = NO_OPTIONS
     has_recipe: bool = False
+    tasks: tuple[str, ...] = ()
     places: dict[str, Path] = field(default_factory=dict)
     scores: dict[str, SuiteScores] = field(default_factory=dict)
     ratings: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -252,19 +255,23 @@ def _jobs(
             from distillm_cli.runs.server_model import check_eval_on_server  # imports an HTTP client
 
             check_eval_on_server(checkpoint, recipe.eval)
-        key = (recipe.data, recipe.eval.suites, recipe.eval.limit)
+        own_suites, tasks = split_suites(recipe.eval.suites)
+        if tasks:
+            _check_tasks(checkpoint, server)
+        own_recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"suites": own_suites})})
+        key = (recipe.data, own_suites, recipe.eval.limit, bool(tasks))
         if key not in loaded:
-            loaded[key] = load_suites(recipe, listener)
+            loaded[key] = [] if tasks and not own_suites else load_suites(own_recipe, listener)
         if any(suite.is_pairs for suite in loaded[key]):
             if server is not None:
                 what = "suites of sentence pairs need the model's embeddings"
                 raise UsageError("usage.not_on_server", what, where="--server", hint="score the model without --server")
             read_declared(checkpoint)
-        if all(suite.is_pairs for suite in loaded[key]):
+        if loaded[key] and all(suite.is_pairs for suite in loaded[key]):
             _check_pair_settings(settings)
         elif not_causal is not None:
             raise not_causal
-        job = _Job(checkpoint, recipe, loaded[key], place, server, _given(settings), options, is_own)
+        job = _Job(checkpoint, recipe, loaded[key], place, server, _given(settings), options, is_own, tuple(tasks))
         if options.counts_leakage:
             training_data(recipe.data, options.train_data, checkpoint, has_recipe=is_own)
         jobs.append(job)
@@ -330,9 +337,10 @@ def _score(job: _Job, teacher: LoadedTeacher, listener: Listener) -> None:
     if pairs:
         _score_pairs(job, pairs, listener)
     prompts = [suite for suite in job.suites if not suite.is_pairs]
-    if prompts:
+    if prompts or job.tasks:
         _score_responses(job, prompts, teacher, listener)
-    job.scores = {suite.name: job.scores[suite.name] for suite in job.suites}
+    tasks = [name for name in job.scores if name.startswith(LM_EVAL)]
+    job.scores = {name: job.scores[name] for name in (*(suite.name for suite in job.suites), *tasks)}
 
 
 def _score_pairs(job: _Job, suites: list[Suite], listener: Listener) -> None:
@@ -377,7 +385,8 @@ def _score_responses(job: _Job, suites: list[Suite], teacher: LoadedTeacher, lis
     decoder: Backbone | ServerModel
     if job.server is None:
         decoder, encoder = inference.load_model(job.checkpoint, job.recipe, listener)
-        inference.check_model(decoder, encoder, suites[0].rows[0], listener)
+        if suites:
+            inference.check_model(decoder, encoder, suites[0].rows[0], listener)
         about = _about(job, decoder.model)
     else:
         from distillm_cli.runs.server_model import connect_model
@@ -397,10 +406,40 @@ def _score_responses(job: _Job, suites: list[Suite], teacher: LoadedTeacher, lis
         assert isinstance(decoder, Backbone)  # a server has no weights to measure
         measured = _measure_references(job, suite, decoder, encoders[suite.name], teacher, about, listener)
         job.scores[suite.name] = {**job.scores[suite.name], "references": measured}
+    if job.tasks and isinstance(decoder, Backbone):
+        _score_tasks(job, decoder, about, listener)
     del decoder
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _score_tasks(job: _Job, model: Backbone, about: Mapping[str, str], listener: Listener) -> None:
+    """Score the tasks of lm-eval that have no results of the same model and limit."""
+    limit = job.recipe.eval.limit
+    identity = {**about, "lm_eval": version("lm-eval"), "limit": limit}
+    missing = []
+    for task in job.tasks:
+        name = f"{LM_EVAL}{task}"
+        saved = None if job.options.rescore else load_task(job.output, name, identity)
+        if saved is None:
+            missing.append(task)
+        else:
+            listener(Note(f"{name} is already scored"))
+            job.scores[name] = saved
+    if not missing:
+        return
+    score = partial(score_tasks, model, missing, limit=limit, batch_size=job.recipe.eval.batch_size, listener=listener)
+    for name, scores in world().broadcast(score).items():
+        save_task(job.output, name, identity, scores)
+        job.scores[name] = scores
+
+
+def _check_tasks(checkpoint: str, server: str | None) -> None:
+    """Raise UsageError for tasks of lm-eval on a server."""
+    if server is not None:
+        what = f"lm-eval: needs the weights of {checkpoint}"
+        raise UsageError("usage.not_on_server", what, where="--server", hint="score the model without --server")
 
 
 def _score_suite(

@@ -20,6 +20,7 @@ def analysis_tables(result: EvalResult) -> Iterator[RenderableType | Note]:
     """Yield the tables of pass@k, references, leakage and comparisons, and a sentence per comparison."""
     for title, heads, make_rows in (
         ("pass@k", ("suite", "metric", "k", "pass@k"), _pass_rows),
+        ("Tasks of lm-eval", ("task", "rows", "metric", "value", "standard error"), _lm_eval_rows),
         ("On the references", _REFERENCES, _reference_rows),
         ("Ratings of the judge, 1 to 10", ("suite", "rows", "rated", "rating"), _rating_rows),
         ("Rows that occur in the training data", _LEAKAGE, _leakage_rows),
@@ -104,6 +105,13 @@ def _reference_rows(name: str, suite: Mapping[str, Any]) -> Iterator[Row]:
     divergences = [found.get("kl_teacher_student"), found.get("kl_student_teacher")]
     agreement = None if "agreement" not in found else f"{found['agreement']:.2f}"
     yield [name, found["rows"], found["perplexity"], *divergences, agreement, found.get("teacher_perplexity")]
+
+
+def _lm_eval_rows(name: str, suite: Mapping[str, Any]) -> Iterator[Row]:
+    for metric, found in suite.get("lm_eval", {}).items():
+        arrow = {True: " ↑", False: " ↓", None: ""}[found["higher_is_better"]]
+        error = None if found["stderr"] is None else f"{found['stderr']:.4f}"
+        yield [name, suite["rows"], f"{metric}{arrow}", f"{found['value']:.4f}", error]
 
 
 def _rating_rows(name: str, suite: Mapping[str, Any]) -> Iterator[Row]:
