@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from distillm_cli.config import yaml_io
+from distillm_cli.config.explain import format_value
 from distillm_cli.config.fields import Name, Section
 from distillm_cli.config.merging import read_document
 from distillm_cli.config.schema import DataConfig, EvalConfig
@@ -89,8 +90,9 @@ def read_suite_file(path: Path) -> SuiteFile:
         DataConfig(**({"template": suite.template} if suite.template else {}))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "generation"
-        raise _invalid(path, f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+        key = ".".join(str(part) for part in first["loc"])
+        problem = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+        raise _invalid(path, f"{key} = {format_value(first['input'])}: {problem}") from None
     beside = path.parent / suite.source
     if beside.exists():
         suite = suite.model_copy(update={"source": str(beside)})

@@ -23,7 +23,8 @@ from distillm_cli.training.events import Listener, Note, Warned
 def training_data(own: DataConfig, source: str | None, checkpoint: str, *, has_recipe: bool) -> DataConfig:
     """Return the settings of the rows that a checkpoint was trained on: ``source``, else those of its own recipe."""
     if source is not None:
-        return own.model_copy(update={"source": source, "limit": None})
+        # With held-out rows of its own, no row is held out of the source.
+        return own.model_copy(update={"source": source, "valid": source, "limit": None})
     if not has_recipe:
         what = f"--leakage: {checkpoint} has no recipe that names its training rows"
         raise UsageError("usage.no_data", what, hint="use --train-data PATH")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("openai")
-
 from distillm_cli.config.schema import EvalConfig
 from distillm_cli.evaluation.predictions import Predictions
 from distillm_cli.runs.eval_judge import Judgments
