@@ -61,8 +61,6 @@ def eval_checkpoints(
 ) -> None:
     """Score checkpoints on instruction-following suites: mean ± sd over seeds, results in CKPT/eval/.
 
-    A suite with results of the same weights, rows and settings is not scored again.
-
     Without --suite, the suites of the checkpoint's recipe are used, or the held-out rows of its run. Options that are
     not given, including the template, come from that recipe as well. Without a recipe, the defaults below apply.
     """

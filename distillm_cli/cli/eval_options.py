@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from distillm_cli.runs.eval_options import EvalOptions
 
 ANALYSIS_PANEL = "Analysis"
-JUDGE_PANEL = "Judge"
 
 ListSuites = Annotated[
     bool,
@@ -83,7 +82,7 @@ class AnalysisFlags:
             metavar="MODEL",
             callback=options.check_named,
             help="Let a model on a server rate the responses, and with --compare choose the better of two.",
-            rich_help_panel=JUDGE_PANEL,
+            rich_help_panel=ANALYSIS_PANEL,
         ),
     ] = None
     judge_url: Annotated[
@@ -93,7 +92,7 @@ class AnalysisFlags:
             metavar="URL",
             callback=options.check_named,
             help=r"OpenAI-compatible API of the judge. [dim]\[default: $OPENAI_BASE_URL, else OpenAI's][/]",
-            rich_help_panel=JUDGE_PANEL,
+            rich_help_panel=ANALYSIS_PANEL,
         ),
     ] = None
     judge_prices: Annotated[
@@ -103,7 +102,7 @@ class AnalysisFlags:
             metavar="IN,OUT",
             callback=options.check_named,
             help="Prices of a million tokens of input and output, to show the cost.",
-            rich_help_panel=JUDGE_PANEL,
+            rich_help_panel=ANALYSIS_PANEL,
         ),
     ] = None
     rescore: Annotated[

@@ -21,11 +21,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from functools import cache, cached_property, lru_cache
-from typing import Any, ClassVar, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from distillm_cli import plugins
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # The numerator and denominator that a row adds to a ratio. The figure of a set is scale · Σ numerators / Σ denominators,
 # where the scale is 100 unless the metric has another one.
@@ -89,6 +90,8 @@ class RatioMetric(Metric):
         return ratio((self.count(prediction, accepted) for prediction, accepted in rows), self.scale)
 
     def row_sums(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+        import numpy as np
+
         rows = zip(predictions, references, strict=True)
         return np.array([self.count(prediction, accepted) for prediction, accepted in rows], dtype=np.float64)
 
@@ -237,11 +240,15 @@ class _SacrebleuMetric(CorpusMetric):
         return self._corpus_scorer.corpus_score(predictions, _streams(references)).score
 
     def row_sums(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+        import numpy as np
+
         # As sacrebleu.significance does for its own paired bootstrap.
         found = self._corpus_scorer._extract_corpus_statistics(predictions, _streams(references))
         return np.array(found, dtype=np.float64)
 
     def figure_of_sums(self, sums_RK: np.ndarray) -> np.ndarray:
+        import numpy as np
+
         compute = self._corpus_scorer._compute_score_from_stats
         return np.array([compute(sums_K.astype(np.int64).tolist()).score for sums_K in sums_RK])
 

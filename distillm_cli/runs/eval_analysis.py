@@ -70,7 +70,7 @@ def compare_suite(suite: str, a: ScoredSuite, b: ScoredSuite, listener: Listener
     rows_a, rows_b = common_rows(a.predictions.where, b.predictions.where)
     if not rows_a:
         what = f"{names[0]} and {names[1]} have no common rows in {suite}"
-        raise DataError("data.nocommon_rows", what, hint="score both on the same rows: --suite NAME")
+        raise DataError("data.no_common_rows", what, hint="score both on the same rows: --suite NAME")
     if len(rows_a) < max(len(a.predictions.where), len(b.predictions.where)):
         listener(Warned(f"{suite}: compared on the {len(rows_a):,} rows that {names[0]} and {names[1]} have in common"))
     of_a, of_b = a.predictions.select(rows_a), b.predictions.select(rows_b)
