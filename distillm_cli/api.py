@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from distillm_cli.config.load import Resolved
     from distillm_cli.config.schema import Recipe
+    from distillm_cli.runs.eval_options import EvalOptions
     from distillm_cli.runs.run_results import (
         EvalResult,
         GenerateResult,
@@ -741,6 +742,7 @@ def evaluate(
     recipe: str | Path | Resolved | None = None,
     output: str | Path | None = None,
     server: str | None = None,
+    options: EvalOptions | None = None,
     display: bool = False,
     listener: Listener | None = None,
     **fields: Unpack[EvalFields],
@@ -749,8 +751,9 @@ def evaluate(
 
     models: names, paths, results of runs, or objects, which are saved in a temporary directory. output: directory of the
     results; None: ``eval/`` in each model's directory, or ``eval-NAME/`` for names of the hub and objects. server: address
-    of an OpenAI-compatible server that generates, for one model as in ``generate``. fields: see ``EvalFields``. ``suite``
-    is a name, a file, a list of these, or rows.
+    of an OpenAI-compatible server that generates, for one model as in ``generate``. options: a comparison, figures of the
+    references, leakage, a judge (``runs.eval_options``). fields: see ``EvalFields``. ``suite`` is a name, a file, a list of
+    these, or rows.
     """
     chosen = models if isinstance(models, list) else [models]
     with _in_directory() as directory, _reporting(display, listener) as (listen, ui):
@@ -762,14 +765,19 @@ def evaluate(
         if place is None and any(map(is_model, chosen)):
             place = "eval" if len(chosen) > 1 else f"eval-{Path(checkpoints[0]).name}"
         from distillm_cli.runs.eval import evaluate_checkpoints
+        from distillm_cli.runs.eval_options import EvalOptions
         from distillm_cli.runs.inference import Settings
 
         settings = Settings(_settings_recipe("eval", recipe, flags, given.sets), flags, given.sets)
-        result = evaluate_checkpoints(checkpoints, settings, listen, output=place, server=server)
+        chosen_options = options or EvalOptions()
+        result = evaluate_checkpoints(
+            checkpoints, settings, listen, output=place, server=server, options=chosen_options
+        )
         if ui is not None:
+            from distillm_cli.ui.analysis_tables import analysis_tables
             from distillm_cli.ui.summary import eval_summary
 
-            ui.show(*eval_summary(result))
+            ui.show(*eval_summary(result), *analysis_tables(result))
         return result
 
 

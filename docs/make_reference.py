@@ -72,7 +72,12 @@ def page() -> Iterator[str]:
     yield "`distillm eval --metric`, and `eval.metrics` and `train.select` in a recipe."
     yield ""
     metrics = (
-        (f"`{name}`", metric.label, "higher" if metric.higher_is_better else "lower", summary(metric))
+        (
+            f"`{name}`",
+            metric.label,
+            {True: "higher", False: "lower", None: "–"}[metric.higher_is_better],
+            summary(metric),
+        )
         for name, metric in plugins.metrics.items()
     )
     yield from table("name", "label", "better", "definition", rows=metrics)

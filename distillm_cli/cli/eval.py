@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from distillm_cli.cli import options
+from distillm_cli.cli.eval_options import AnalysisFlags, ListSuites, print_suites
 from distillm_cli.cli.generate import ServedBy
 from distillm_cli.cli.options import FieldFlags, command
 from distillm_cli.cli.usage import check_sampling_inputs
+from distillm_cli.errors import UsageError
 
 CheckpointArgument = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
         metavar="CKPT...",
         callback=options.check_named,
@@ -40,12 +42,15 @@ ResultsDirectory = Annotated[
         "distillm eval runs/a runs/b --suite dolly,self-inst,vicuna --json",
         "distillm eval ckpt/ --suite words/test.jsonl --metric error_rate --greedy",
         "distillm eval gpt2 --suite sni --limit 100 --seeds 10",
+        "distillm eval runs/a runs/b --suite dolly --compare --perplexity --leakage",
         "distillm eval NAME --server https://HOST/v1 --suite dolly --set eval.no_repeat_ngram_size=0",
     ),
 )
 def eval_checkpoints(
-    checkpoints: CheckpointArgument,
     fields: FieldFlags,
+    analysis: AnalysisFlags,
+    checkpoints: CheckpointArgument = None,
+    list_suites: ListSuites = False,
     recipe: options.RecipeOption = None,
     sets: options.Set = None,
     output: ResultsDirectory = None,
@@ -61,16 +66,26 @@ def eval_checkpoints(
     """
     from distillm_cli.api import evaluation_flags
 
+    if list_suites:
+        print_suites(as_json=json)
+        return
+    if not checkpoints:
+        raise UsageError("usage.invalid_option", "missing argument 'CKPT...'", hint="see `distillm eval --help`")
     flags = evaluation_flags(fields)
     suites = flags["eval.suites"].value if "eval.suites" in flags else []
-    check_sampling_inputs("eval", checkpoints if server is None else [], suites, recipe, flags, sets)
+    chosen = analysis.options()
+    chosen.check(len(set(checkpoints)), on_server=server is not None)
+    models = [*(checkpoints if server is None else []), *([chosen.teacher] if chosen.teacher else [])]
+    check_sampling_inputs("eval", models, suites, recipe, flags, sets)
 
     from distillm_cli.runs.eval import evaluate_checkpoints  # imports torch
     from distillm_cli.runs.inference import Settings
+    from distillm_cli.ui.analysis_tables import analysis_tables
     from distillm_cli.ui.console import console
     from distillm_cli.ui.summary import eval_summary
 
     with console(json_mode=json, quiet=quiet) as ui:
-        result = evaluate_checkpoints(checkpoints, Settings(recipe, flags, sets), ui, output=output, server=server)
-        ui.answer(*eval_summary(result))
+        settings = Settings(recipe, flags, sets)
+        result = evaluate_checkpoints(checkpoints, settings, ui, output=output, server=server, options=chosen)
+        ui.answer(*eval_summary(result), *analysis_tables(result))
         ui.result(result.as_json())

@@ -26,6 +26,7 @@ from typer.core import TyperCommand, TyperGroup
 from distillm_cli.config.explain import choices, format_value, leaves, plain_types, takes_list
 from distillm_cli.config.methods import METHODS
 from distillm_cli.config.shortcuts import FieldFlag, Flag, field_flags
+from distillm_cli.config.suite_file import LM_EVAL
 from distillm_cli.data.known import dataset_names
 from distillm_cli.errors import UsageError
 
@@ -57,10 +58,18 @@ def collect_field_flags(verb: str, given: dict[str, Any]) -> FieldFlags:
         if value is None:
             continue
         if isinstance(value, list):
-            value = [part.strip() for item in value for part in item.split(",") if part.strip()]
+            value = [part for item in value for part in _list_items(item)]
         for key in entry.keys:
             flags[key] = Flag(entry.flag, value)
     return flags
+
+
+def _list_items(text: str) -> Iterator[str]:
+    """Yield the items of a list with commas. ``lm-eval:a,b`` are the tasks ``lm-eval:a`` and ``lm-eval:b``."""
+    prefix = LM_EVAL if text.startswith(LM_EVAL) else ""
+    for part in text.removeprefix(prefix).split(","):
+        if part.strip():
+            yield prefix + part.strip().removeprefix(prefix)
 
 
 # Options from the schema

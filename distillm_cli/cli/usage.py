@@ -54,6 +54,7 @@ def check_sampling_inputs(
     Checks that need the model's recipe, or the rows, follow later.
     """
     from distillm_cli.config.load import resolve
+    from distillm_cli.config.suite_file import LM_EVAL, read_suite_file, suite_path
     from distillm_cli.data.locations import find_source, is_path
     from distillm_cli.models.model_paths import locate_model
     from distillm_cli.training.events import silent
@@ -61,8 +62,11 @@ def check_sampling_inputs(
     resolve(command=verb, recipe=recipe, flags=flags, sets=sets)
     for model in models:
         locate_model(model)
-    for source in filter(is_path, sources):
-        find_source(source, silent)
+    for source in sources:
+        file = suite_path(source) if verb == "eval" else None
+        source = source if file is None else read_suite_file(file).source
+        if is_path(source) and not source.startswith(LM_EVAL):
+            find_source(source, silent)
 
 
 def explained(problem: Any, argv: list[str]) -> UsageError:

@@ -57,7 +57,7 @@ HeldOutMetric = Literal["valid_loss", "valid_divergence"]
 def is_lower_better(figure: str) -> bool:
     """Return whether a figure of a model is better when it is lower."""
     metric = plugins.metrics.get(figure)
-    return figure in get_args(HeldOutMetric) or (metric is not None and not metric.higher_is_better)
+    return figure in get_args(HeldOutMetric) or (metric is not None and metric.higher_is_better is False)
 
 
 class Condition:

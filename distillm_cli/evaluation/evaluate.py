@@ -21,7 +21,16 @@ from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.data.trigger import with_trigger
 from distillm_cli.errors import DataError
-from distillm_cli.evaluation.metrics import Metric, RatioMetric, RatioParts, get_metric, ratio, undefined_reason
+from distillm_cli.evaluation.metrics import (
+    Metric,
+    RatioMetric,
+    RatioParts,
+    get_metric,
+    pass_at_k,
+    ratio,
+    undefined_reason,
+)
+from distillm_cli.evaluation.pass_store import PassStore, StoredPass, StoredResponse
 from distillm_cli.evaluation.reasoning import without_reasoning
 from distillm_cli.evaluation.robustness import AttackResult
 from distillm_cli.evaluation.suites import Suite
@@ -37,7 +46,7 @@ class Score:
     """Hold one metric: mean and sample standard deviation over passes (0 for a single pass), and each pass's value.
 
     signature: how it was computed, if the metric has one. undefined: the reason why the metric is undefined on these
-    rows, and an alternative; its figures are None then.
+    rows, and an alternative; its figures are None then. pass_at: pass@k by k, if the metric has it and there are k passes.
     """
 
     mean: float | None
@@ -45,6 +54,7 @@ class Score:
     seeds: Mapping[str, float | None]
     signature: str | None = None
     undefined: str | None = None
+    pass_at: Mapping[int, float] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the metric's object in the JSON of its suite."""
@@ -53,6 +63,8 @@ class Score:
             found["undefined"] = self.undefined
         if self.signature is not None:
             found["signature"] = self.signature
+        if self.pass_at is not None:
+            found["pass_at"] = {str(k): value for k, value in self.pass_at.items()}
         return found
 
 
@@ -151,15 +163,17 @@ def evaluate_suite(
     listener: Listener = silent,
     *,
     skip_long: bool = False,
+    store: PassStore | None = None,
 ) -> SuiteResult:
     """Score a model on a suite with the settings of ``config``. The encoder's tokenizer is the model's.
 
-    skip_long: rows whose prompt leaves no room for a response in the model's context are left out, with a warning;
-    otherwise the first of them is a DataError that names the row. Other responses are cut at the context.
+    store: has the responses of passes that were generated before, and gets those of others. skip_long: rows whose prompt
+    leaves no room for a response in the model's context are left out, with a warning; otherwise the first of them is a
+    DataError that names the row. Other responses are cut at the context.
     """
     suite, prompts = rows_in_context(suite, encoder, decoder.context, listener, skip_long=skip_long)
     references = [_scored_texts(encoder.references(row), config) for row in suite.rows]
-    answers, seconds = _respond(decoder, encoder, suite.name, prompts, references, config, listener)
+    answers, seconds = _respond(decoder, encoder, suite.name, prompts, references, config, listener, store)
     all_answers = [answer for one_pass in answers.values() for answer in one_pass]
     tokens = sum(answer.tokens for answer in all_answers)
     triggered = None
@@ -233,11 +247,19 @@ def _respond(
     references: SequenceOf[tuple[str, ...]],
     config: schema.EvalConfig,
     listener: Listener,
+    store: PassStore | None = None,
 ) -> tuple[dict[str, list[Answer]], float]:
     """Return the responses by pass, in the order of the prompts, and the seconds of their generation."""
     answers: dict[str, list[Answer]] = {}
     seconds = 0.0
+    metrics = _row_metrics(config, references)
     for name, seed, sampling in passes(config):
+        stored = None if store is None else store.load(name, len(prompts))
+        if stored is not None:
+            seconds += stored.seconds
+            responses = zip(stored.responses, references, strict=True)
+            answers[name] = [_answer(response, accepted, config, metrics) for response, accepted in responses]
+            continue
         start = time.monotonic()
         samples = dict(
             sample_all(
@@ -251,12 +273,23 @@ def _respond(
                 entropy=True,
             )
         )
-        seconds += time.monotonic() - start
-        answers[name] = [
-            _answer(output_text(encoder, prompt, samples[i]), samples[i], references[i], config)
-            for i, prompt in enumerate(prompts)
+        spent = time.monotonic() - start
+        seconds += spent
+        generated = [
+            _response(output_text(encoder, prompt, samples[i]), samples[i]) for i, prompt in enumerate(prompts)
         ]
+        if store is not None:
+            store.save(name, StoredPass(generated, spent))
+        responses = zip(generated, references, strict=True)
+        answers[name] = [_answer(response, accepted, config, metrics) for response, accepted in responses]
     return answers, seconds
+
+
+def _row_metrics(config: schema.EvalConfig, references: SequenceOf[SequenceOf[str]]) -> list[RatioMetric]:
+    """Return the metrics that add up over the rows and are defined on them."""
+    metrics = [get_metric(name, config.rouge_tokenizer) for name in config.metrics]
+    defined = [m for m in metrics if undefined_reason(m.name, references, config.rouge_tokenizer) is None]
+    return [metric for metric in defined if isinstance(metric, RatioMetric)]
 
 
 def output_text(encoder: Encoder, prompt: np.ndarray, output: SampledOutput) -> str:
@@ -302,13 +335,20 @@ def _scored_texts(texts: SequenceOf[str], config: schema.EvalConfig) -> tuple[st
     return tuple(map(without_reasoning, texts)) if config.strip_reasoning else tuple(texts)
 
 
-def _answer(output: str, sample: SampledOutput, references: SequenceOf[str], config: schema.EvalConfig) -> Answer:
-    (text,) = _scored_texts([output], config)
+def _response(output: str, sample: SampledOutput) -> StoredResponse:
     entropy = None if sample.entropy is None else float(sample.entropy)
-    metrics = [get_metric(name, config.rouge_tokenizer) for name in config.metrics]
-    ratios = [metric for metric in metrics if isinstance(metric, RatioMetric)]
-    counts = {metric.name: metric.count(text, references) for metric in ratios}
-    return Answer(text, output, len(sample.tokens), sample.complete, entropy, counts)
+    return StoredResponse(output, len(sample.tokens), sample.complete, entropy)
+
+
+def _answer(
+    response: StoredResponse,
+    references: SequenceOf[str],
+    config: schema.EvalConfig,
+    metrics: SequenceOf[RatioMetric],
+) -> Answer:
+    (text,) = _scored_texts([response.output], config)
+    counts = {metric.name: metric.count(text, references) for metric in metrics}
+    return Answer(text, response.output, response.tokens, response.complete, response.entropy, counts)
 
 
 def _scores(
@@ -322,8 +362,19 @@ def _scores(
             found[name] = Score(None, None, dict.fromkeys(answers), metric.signature, reason)
             continue
         seeds = {key: _figure(metric, of_pass, references) for key, of_pass in answers.items()}
-        found[name] = _mean_score(seeds, metric.signature)
+        found[name] = replace(_mean_score(seeds, metric.signature), pass_at=_pass_at(metric, answers))
     return found
+
+
+def _pass_at(metric: Metric, answers: Mapping[str, SequenceOf[Answer]]) -> dict[int, float] | None:
+    """Return pass@k for k = 2, 4, 8, … and the number of passes; None for a single pass, or if the metric has none."""
+    samples = len(answers)
+    if samples < 2 or not metric.has_pass_at_k:
+        return None
+    rows = zip(*answers.values(), strict=True)
+    correct = [sum(bool(answer.counts[metric.name][0]) for answer in of_row) for of_row in rows]
+    powers = [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
+    return {k: pass_at_k(correct, samples, k) for k in (*powers, samples)}
 
 
 def _mean_score(figures: Mapping[str, float], signature: str | None = None) -> Score:
@@ -336,7 +387,7 @@ def _mean_score(figures: Mapping[str, float], signature: str | None = None) -> S
 def _figure(metric: Metric, answers: SequenceOf[Answer], references: SequenceOf[SequenceOf[str]]) -> float:
     """Return the figure of one pass over a set."""
     if isinstance(metric, RatioMetric):  # from the rows' counts
-        return ratio(answer.counts[metric.name] for answer in answers)
+        return ratio((answer.counts[metric.name] for answer in answers), metric.scale)
     return metric.corpus_score([answer.text for answer in answers], references)
 
 

@@ -1,4 +1,4 @@
-"""Score responses against references: ROUGE, BLEU, chrF, exact match, error rate, final number.
+"""Score responses: ROUGE, BLEU, chrF, exact match, error rate, final number against references; diversity and length.
 
 A metric is a class, registered with its name in recipes, its label in tables, and the direction that is better.
 
@@ -9,22 +9,27 @@ A metric is a class, registered with its name in recipes, its label in tables, a
 
 Every metric compares one prediction with all accepted references. A RatioMetric adds up over the rows: the figure of a
 set is a ratio of sums. A CorpusMetric is defined on a whole set and is not a mean over rows. All are on a scale of 0 to
-100 (an error rate may exceed 100, since insertions count). Libraries are imported when a metric is first computed, so
-that the names are available without them.
+100 (an error rate may exceed 100, since insertions count), except for ``length``. Libraries are imported when a metric is
+first computed, so that the names are available without them.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from decimal import Decimal
 from functools import cache, cached_property, lru_cache
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from distillm_cli import plugins
 
-# The numerator and denominator that a row adds to a ratio. The figure of a set is 100 · Σ numerators / Σ denominators.
+if TYPE_CHECKING:
+    import numpy as np
+
+# The numerator and denominator that a row adds to a ratio. The figure of a set is scale · Σ numerators / Σ denominators,
+# where the scale is 100 unless the metric has another one.
 RatioParts = tuple[float, float]
 
 
@@ -32,12 +37,15 @@ class Metric(ABC):
     """Compare predictions with references. Subclass RatioMetric or CorpusMetric instead.
 
     signature: the library's description of how the metric was computed, None if there is none. alternative: the metric
-    to use if this one is undefined.
+    to use if this one is undefined. higher_is_better: None if neither direction is better. compares: whether it needs
+    references. has_pass_at_k: whether a row is right or wrong, so that pass@k over the samples of a row is a figure too.
     """
 
     name: ClassVar[str]
     label: ClassVar[str]
-    higher_is_better: ClassVar[bool]
+    higher_is_better: ClassVar[bool | None]
+    compares: ClassVar[bool] = True
+    has_pass_at_k: ClassVar[bool] = False
     signature: str | None = None
     alternative: ClassVar[str] = "exact_match"
 
@@ -53,20 +61,43 @@ class Metric(ABC):
         """Return the reason why the metric is undefined on these references, None if it is defined."""
         return None
 
+    def row_sums(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray | None:
+        """Return numbers of each row, [rows, K], whose sums over any rows determine the figure of these rows.
+
+        None if the figure is not determined by sums.
+        """
+        return None
+
+    def figure_of_sums(self, sums_RK: np.ndarray) -> np.ndarray:
+        """Return the figures [R] of R sets of rows from the sums of their ``row_sums``."""
+        raise NotImplementedError
+
 
 class RatioMetric(Metric):
-    """Add up a numerator and a denominator over the rows."""
+    """Add up a numerator and a denominator over the rows. scale: factor of the ratio."""
+
+    scale: ClassVar[float] = 100
 
     @abstractmethod
     def count(self, prediction: str, references: Sequence[str]) -> RatioParts:
         """Return the numerator and denominator that a row adds to the ratio."""
 
     def score(self, prediction: str, references: Sequence[str]) -> float:
-        return ratio([self.count(prediction, references)])
+        return ratio([self.count(prediction, references)], self.scale)
 
     def corpus_score(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
         rows = zip(predictions, references, strict=True)
-        return ratio(self.count(prediction, accepted) for prediction, accepted in rows)
+        return ratio((self.count(prediction, accepted) for prediction, accepted in rows), self.scale)
+
+    def row_sums(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+        import numpy as np
+
+        rows = zip(predictions, references, strict=True)
+        return np.array([self.count(prediction, accepted) for prediction, accepted in rows], dtype=np.float64)
+
+    def figure_of_sums(self, sums_RK: np.ndarray) -> np.ndarray:
+        figures: np.ndarray = self.scale * sums_RK[:, 0] / sums_RK[:, 1]
+        return figures
 
 
 class CorpusMetric(Metric):
@@ -87,7 +118,7 @@ class CorpusMetric(Metric):
 _M = TypeVar("_M", bound=type[Metric])
 
 
-def register_metric(name: str, *, label: str, higher_is_better: bool) -> Callable[[_M], _M]:
+def register_metric(name: str, *, label: str, higher_is_better: bool | None) -> Callable[[_M], _M]:
     """Register a metric class under the name that recipes and ``--metric`` use. label: its name in tables."""
 
     def register(metric: _M) -> _M:
@@ -206,11 +237,26 @@ class _SacrebleuMetric(CorpusMetric):
         return self._row_scorer.sentence_score(prediction, references).score
 
     def compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-        count = max(len(accepted) for accepted in references)
-        reference_streams = [
-            [accepted[i] if i < len(accepted) else None for accepted in references] for i in range(count)
-        ]
-        return self._corpus_scorer.corpus_score(predictions, reference_streams).score
+        return self._corpus_scorer.corpus_score(predictions, _streams(references)).score
+
+    def row_sums(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+        import numpy as np
+
+        # As sacrebleu.significance does for its own paired bootstrap.
+        found = self._corpus_scorer._extract_corpus_statistics(predictions, _streams(references))
+        return np.array(found, dtype=np.float64)
+
+    def figure_of_sums(self, sums_RK: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        compute = self._corpus_scorer._compute_score_from_stats
+        return np.array([compute(sums_K.astype(np.int64).tolist()).score for sums_K in sums_RK])
+
+
+def _streams(references: Sequence[Sequence[str]]) -> list[list[str | None]]:
+    """Return the references as sacrebleu takes them: the first of each row, the second of each row, …"""
+    count = max(len(accepted) for accepted in references)
+    return [[accepted[i] if i < len(accepted) else None for accepted in references] for i in range(count)]
 
 
 @register_metric("bleu", label="BLEU", higher_is_better=True)
@@ -293,7 +339,12 @@ def final_number(text: str) -> Decimal | None:
 
 @register_metric("final_number", label="final number", higher_is_better=True)
 class FinalNumber(RatioMetric):
-    """Compare the last number with the reference's as numbers: 18 is 18.00. GSM8K's measure."""
+    """Compare the last number with the reference's as numbers: 18 is 18.00. GSM8K's measure.
+
+    With several seeds, pass@k is computed over the samples of each row.
+    """
+
+    has_pass_at_k = True
 
     def count(self, prediction: str, references: Sequence[str]) -> RatioParts:
         number = final_number(prediction)
@@ -301,6 +352,74 @@ class FinalNumber(RatioMetric):
 
     def undefined(self, references: Iterable[str]) -> str | None:
         return None if any(final_number(text) is not None for text in references) else "no reference contains a number"
+
+
+def pass_at_k(correct: Sequence[int], samples: int, k: int) -> float:
+    """Return 100 · the mean probability that at least one of k samples is correct, out of ``samples`` of each row.
+
+    correct: number of correct samples of each row. The estimator has no bias: 1 − C(n − c, k) / C(n, k) (Chen et al. 2021,
+    arXiv 2107.03374).
+    """
+    total = math.comb(samples, k)
+    return 100 * sum(1 - math.comb(samples - c, k) / total for c in correct) / len(correct)
+
+
+# Diversity and length: words are separated by white space, and references are not used.
+
+
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    words = text.split()
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+class _Distinct(CorpusMetric):
+    """Compute the share of different n-grams among all n-grams of the responses of a set (Li et al. 2016)."""
+
+    n: ClassVar[int]
+    compares = False
+
+    def score(self, prediction: str, references: Sequence[str]) -> float:
+        return self.compute([prediction], [references])
+
+    def compute(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+        found = [ngram for text in predictions for ngram in _ngrams(text, self.n)]
+        return 100 * len(set(found)) / len(found) if found else 0.0
+
+
+@register_metric("distinct_1", label="distinct-1", higher_is_better=True)
+class Distinct1(_Distinct):
+    """Compute the share of different words among all words of a set's responses."""
+
+    n = 1
+
+
+@register_metric("distinct_2", label="distinct-2", higher_is_better=True)
+class Distinct2(_Distinct):
+    """Compute the share of different pairs of words among all pairs of a set's responses."""
+
+    n = 2
+
+
+@register_metric("repetition", label="repetition", higher_is_better=False)
+class Repetition(RatioMetric):
+    """Compute the share of 4-grams of words that occurred earlier in the response, a mean over rows (seq-rep-4)."""
+
+    compares = False
+
+    def count(self, prediction: str, references: Sequence[str]) -> RatioParts:
+        found = _ngrams(prediction, 4)
+        return (1 - len(set(found)) / len(found) if found else 0.0), 1
+
+
+@register_metric("length", label="length", higher_is_better=None)
+class Length(RatioMetric):
+    """Compute the mean number of words of a response."""
+
+    compares = False
+    scale = 1
+
+    def count(self, prediction: str, references: Sequence[str]) -> RatioParts:
+        return len(prediction.split()), 1
 
 
 # Access by name
@@ -315,11 +434,29 @@ def get_metric(name: str, rouge_tokenizer: str = "words") -> Metric:
 def undefined_reason(name: str, references: Sequence[Sequence[str]], rouge_tokenizer: str = "words") -> str | None:
     """Return the reason why a metric is undefined on these rows, with an alternative; None if it is defined."""
     metric = get_metric(name, rouge_tokenizer)
+    package = _missing_package(name)
+    if package is not None:
+        return f"{name} needs the package {package}, which is not installed; pip install {package}"
+    if metric.compares and not all(references):
+        missing = sum(not accepted for accepted in references)
+        return f"{name} is undefined on these rows: {missing:,} of {len(references):,} have no reference; use length"
     reason = metric.undefined(text for accepted in references for text in accepted)
     return None if reason is None else f"{name} is undefined on these rows: {reason}; use {metric.alternative}"
 
 
-def ratio(counts: Iterable[RatioParts]) -> float:
+@cache
+def _missing_package(name: str) -> str | None:
+    """Return the package that a metric needs and that is not installed, found by scoring one word; None if it works."""
+    try:
+        plugins.metrics[name].score("a", ["a"])
+    except ImportError as error:
+        return error.name or str(error)
+    except Exception:  # a metric of another package may not take this word
+        return None
+    return None
+
+
+def ratio(counts: Iterable[RatioParts], scale: float = 100) -> float:
     """Return the figure of a set from the counts of its rows. Raises ValueError for an empty set."""
     numerators = 0.0
     denominators = 0.0
@@ -328,4 +465,4 @@ def ratio(counts: Iterable[RatioParts]) -> float:
         denominators += denominator
     if not denominators:
         raise ValueError("no rows to score")
-    return 100 * numerators / denominators
+    return scale * numerators / denominators

@@ -2,6 +2,7 @@
 
     eval/dolly/t1/results.json              the settings, and the object of ``distillm eval --json`` for the suite
     eval/dolly/t1/predictions-seed10.jsonl  a line per row: prompt, output, references, the row's own scores
+    eval/dolly/t1/passes.json               what the responses depend on, see ``pass_store.py``
     eval/dolly/t1/manifest.json             the names of these files
     eval/dolly/greedy/…                     the same suite with other settings
     eval/dolly/t1-trigger-1b9c…/…           with a trigger; also trigger-seed10.jsonl, the responses to these prompts
@@ -13,6 +14,7 @@ files.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -21,8 +23,10 @@ from typing import Any
 
 from distillm_cli import plugins
 from distillm_cli.config import schema
+from distillm_cli.data.encoder import Encoder
 from distillm_cli.evaluation.evaluate import GREEDY, Answer, SuiteResult
-from distillm_cli.evaluation.metrics import ratio
+from distillm_cli.evaluation.metrics import RatioMetric, ratio
+from distillm_cli.evaluation.pass_store import PassStore, predictions_file
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.training.distributed import in_first_process
 from distillm_cli.utils import manifest
@@ -66,18 +70,29 @@ def check_results_writable(root: Path) -> None:
 
 
 @in_first_process
-def save_results(result: SuiteResult, root: Path, about: Mapping[str, Any] | None = None) -> Path:
+def save_results(
+    result: SuiteResult, root: Path, about: Mapping[str, Any] | None = None, store: PassStore | None = None
+) -> Path:
     """Write predictions and results under ``root``, list them in a manifest, and return their directory.
 
-    about: further first keys of ``results.json`` (the model, its dtype). Raises StorageError.
+    about: further first keys of ``results.json`` (the model, its dtype). store: of the passes, in this directory. Raises
+    StorageError.
     """
-    directory = root / result.suite.name / settings_label(result.config, result.template)
+    directory = results_directory(result.suite, root, result.config, result.template)
     summary = {**_head(result.suite, result.config, result.template, about), **result.as_json()}
-    files = {f"predictions-{_pass_name(name)}.jsonl": _predictions(result, name) for name in result.answers}
+    files = {predictions_file(name): _predictions(result, name) for name in result.answers}
     if result.triggered is not None:
         files |= {f"trigger-{_pass_name(name)}.jsonl": _triggered(result, name) for name in result.triggered.answers}
     write_results(directory, summary, files)
+    if store is not None:
+        with _storing(directory):
+            store.update()
     return directory
+
+
+def results_directory(suite: Suite, root: Path, config: schema.EvalConfig, template: str) -> Path:
+    """Return the directory of the results of a suite with these settings."""
+    return root / suite.name / settings_label(config, template)
 
 
 def write_results(
@@ -97,13 +112,31 @@ def write_results(
         atomic_write(directory / RESULTS, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
 
+def prompts_digest(encoder: Encoder, suite: Suite) -> str:
+    """Return the SHA-256 of the token ids of a suite's prompts, which depend on template, chat template and tokenizer."""
+    digest = hashlib.sha256()
+    for prompt in encoder.prompts(suite.rows):
+        digest.update(f"{len(prompt)} ".encode() + prompt.tobytes())
+    return digest.hexdigest()
+
+
+def foreign_metrics(names: Iterable[str]) -> dict[str, str]:
+    """Return digests of the modules of metrics that other packages define, since these may change at any time."""
+    found = {}
+    for name in names:
+        module = inspect.getmodule(type(plugins.metrics[name]))
+        if module is not None and not module.__name__.startswith("distillm_cli."):
+            found[f"metric_{name}"] = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+    return found
+
+
 @in_first_process
 def load_results(
     suite: Suite, root: Path, config: schema.EvalConfig, template: str, about: Mapping[str, Any]
 ) -> dict[str, Any] | None:
     """Return the object of ``--json`` that was saved for the same suite, settings and ``about``, None if none was."""
     head = _head(suite, config, template, about)
-    directory = root / suite.name / settings_label(config, template)
+    directory = results_directory(suite, root, config, template)
     saved = load_summary(directory, head)
     if saved is None:
         return None
@@ -131,7 +164,8 @@ def _head(suite: Suite, config: schema.EvalConfig, template: str, about: Mapping
     if config.attack == "none":
         unused |= {"attack", "attack_radius", "attack_steps"}
     settings = config.model_dump(mode="json", exclude=unused)
-    head = {"suite": suite.name, "source": suite.source, **(about or {})}
+    head = {"suite": suite.name, "source": suite.source, **({"license": suite.license} if suite.license else {})}
+    head |= about or {}
     return {**head, "settings": {**settings, "template": template}}
 
 
@@ -178,7 +212,10 @@ def _row_score(name: str, answer: Answer, references: tuple[str, ...], result: S
     if result.scores[name].undefined is not None:
         return None
     count = answer.counts.get(name)
-    return plugins.metrics[name].score(answer.text, references) if count is None else ratio([count])
+    metric = plugins.metrics[name]
+    if count is None or not isinstance(metric, RatioMetric):
+        return metric.score(answer.text, references)
+    return ratio([count], metric.scale)
 
 
 def _storing(path: Path) -> AbstractContextManager[None]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distillm_cli.config.schema import ColumnsConfig, DataConfig, Recipe
+from distillm_cli.config.schema import ColumnsConfig, DataConfig, EvalConfig, Recipe
+from distillm_cli.config.suite_file import SuiteFile, read_suite_file, suite_path
 from distillm_cli.data.files import stem_of
 from distillm_cli.data.known import find_dataset
 from distillm_cli.data.sentences import ROWS_OR_PAIRS, is_pair_suite, scored_pairs
 from distillm_cli.data.sources import Row, Rows, Split, load_rows, path_kind, user_path
 from distillm_cli.errors import DataError
-from distillm_cli.training.events import Listener, silent
+from distillm_cli.training.events import Listener, Warned, silent
+from distillm_cli.utils.text import counted
 
 HELD_OUT = "held-out"
 _GENERIC = {"train", "valid", "validation", "val", "dev", "test", "data"}
@@ -27,12 +29,28 @@ class Suite:
     """Hold the rows of a suite.
 
     name: short, valid as a directory name, unique in a call. source: name or path of the rows. skipped: broken ones.
+    file: the suite file, if it comes from one.
     """
 
     name: str
     rows: list[Row]
     source: str
     skipped: tuple[str, ...] = ()
+    file: SuiteFile | None = None
+
+    @property
+    def license(self) -> str | None:
+        """Return the license of the rows that the suite file names."""
+        return None if self.file is None else self.file.license
+
+    def config(self, own: EvalConfig, by_hand: Collection[str] = ()) -> EvalConfig:
+        """Return the settings for the suite. own: of the command. by_hand: keys that its file does not change."""
+        return own if self.file is None else self.file.config(own, by_hand)
+
+    def template(self, own: str, by_hand: Collection[str] = ()) -> str:
+        """Return the template for the suite, as ``config``."""
+        given = None if self.file is None or "data.template" in by_hand else self.file.template
+        return given or own
 
     @property
     def is_pairs(self) -> bool:
@@ -57,17 +75,42 @@ def load_suites(recipe: Recipe, listener: Listener = silent) -> list[Suite]:
 
 
 def load_suite(name: str, recipe: Recipe, listener: Listener = silent) -> Suite:
-    """Load the test rows of a known data set (``data/known.py``), ``builtin``, a data file or directory, or a hub name.
+    """Load a suite file, or the test rows of a known data set, ``builtin``, a data file or directory, or a hub name.
 
     A short name is searched under $DISTILLM_DATA first, then on the hub. ``recipe.data`` sets how rows are read
     (columns, skip_bad_rows), ``recipe.eval.limit`` how many. Raises DataError when they cannot be found or read.
     """
+    path = suite_path(name)
+    if path is not None:
+        file = read_suite_file(path)
+        limit = recipe.eval.limit or file.limit
+        limited = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"limit": limit})})
+        found = replace(load_suite(file.source, limited, listener), file=file)
+        if found.is_pairs and (file.settings() or file.template):
+            what = f"{path}: its rows are sentence pairs, which have no template, metrics or generation"
+            raise DataError("data.invalid_suite", what, hint="leave these keys out")
+        return replace(found, name=short_name(file.name or path.stem))
     # Settings of the training source, such as its held-out file, do not apply to the suite.
     changes: dict[str, Any] = {"source": name, "valid": None, "limit": None}
     if find_dataset(name) is not None:  # the recipe's columns are those of its own data
         changes["columns"] = ColumnsConfig()
     data = recipe.data.model_copy(update=changes)
-    return _suite(short_name(name), _load(data, "test", recipe, listener))
+    suite = _suite(short_name(name), _load(data, "test", recipe, listener, require_output=False))
+    return suite if suite.is_pairs else _with_references(suite, listener)
+
+
+def _with_references(suite: Suite, listener: Listener) -> Suite:
+    """Return the suite without the rows that have no reference, with a warning; all rows if none has one."""
+    missing = [row for row in suite.rows if not row.is_answered]
+    if not missing:
+        return suite
+    if len(missing) == len(suite.rows):
+        listener(Warned(f"{suite.name}: no row has a reference, so that only metrics without references are defined"))
+        return suite
+    listener(
+        Warned(f"{suite.name}: {counted(len(missing), 'row')} without a reference left out, first {missing[0].where}")
+    )
+    return replace(suite, rows=[row for row in suite.rows if row.is_answered])
 
 
 def held_out(recipe: Recipe, listener: Listener = silent) -> Suite:
@@ -75,9 +118,13 @@ def held_out(recipe: Recipe, listener: Listener = silent) -> Suite:
     return _suite(HELD_OUT, _load(recipe.data, "valid", recipe, listener))
 
 
-def _load(data: DataConfig, split: Split, recipe: Recipe, listener: Listener) -> Rows:
-    """Load prompts with references, or scored sentence pairs. Raises DataError for a mixture of both."""
-    rows = load_rows(data, split, listener=listener, limit=recipe.eval.limit, form=ROWS_OR_PAIRS)
+def _load(data: DataConfig, split: Split, recipe: Recipe, listener: Listener, *, require_output: bool = True) -> Rows:
+    """Load prompts with references, or scored sentence pairs. Raises DataError for a mixture of both.
+
+    require_output: if false, prompts may have no reference.
+    """
+    limit = recipe.eval.limit
+    rows = load_rows(data, split, listener=listener, limit=limit, form=ROWS_OR_PAIRS, require_output=require_output)
     if scored_pairs(rows) and not is_pair_suite(rows):
         raise DataError(
             "data.mixed_rows",

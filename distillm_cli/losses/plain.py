@@ -39,3 +39,10 @@ def token_outcomes(hidden_ND: Tensor, head: HeadLike, targets_N: Tensor) -> tupl
         losses.append(F.cross_entropy(logits_CV, targets_C, reduction="none"))
         right.append(logits_CV.argmax(-1) == targets_C)
     return torch.cat(losses), torch.cat(right)
+
+
+@torch.no_grad()
+def top_tokens(hidden_ND: Tensor, head: HeadLike) -> Tensor:
+    """Return the most likely token [N] of each position, by chunks of tokens."""
+    tops = [head_logits(hidden_CD, head).argmax(-1) for hidden_CD in hidden_ND.split(_CHUNK_TOKENS)]
+    return torch.cat(tops)

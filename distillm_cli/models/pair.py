@@ -290,6 +290,16 @@ def _share_tokens(teacher: Backbone, student: Backbone) -> None:
     teacher.vocab = student.vocab = min(teacher.vocab, student.vocab)
 
 
+def share_vocabulary(teacher: Backbone, student: Backbone) -> None:
+    """Cut both models to the token ids that both have, to compare them on the student's token sequences.
+
+    Raises ModelError for models of different kinds or vocabularies.
+    """
+    check_architectures(teacher, student)
+    check_vocabularies(teacher.tokenizer, student.tokenizer)
+    teacher.vocab = student.vocab = min(teacher.vocab, student.vocab)
+
+
 def reload_teacher(recipe: schema.Recipe, pair: Pair, device: torch.device) -> Backbone:
     """Load the pair's teacher again after its weights were released."""
     teacher = _load_teacher(recipe, device)

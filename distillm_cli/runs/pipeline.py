@@ -308,7 +308,7 @@ class _PipelineRun:
         pairs = zip(stage.config.model_names, own.models, strict=True)
         names = {model: name.removeprefix(PREFIX) for name, model in pairs if name.startswith(PREFIX)}
         models, settings = list(own.models), Settings(resolved)
-        return evaluate_checkpoints(models, settings, self.listener, output=str(place), resume=True, names=names)
+        return evaluate_checkpoints(models, settings, self.listener, output=str(place), names=names)
 
     def _stage_result(self, status: str, stage: Stage, place: Path, result: Mapping[str, Any]) -> StageResult:
         return StageResult(status, stage.verb, str(stage_record.stage_output(stage, place)), result)

@@ -12,6 +12,7 @@ import torch
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.pipeline_recipe import PREFIX, GenerateStageConfig, Pipeline
 from distillm_cli.config.schema import Recipe, chosen
+from distillm_cli.config.suite_file import LM_EVAL
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
 from distillm_cli.errors import RecipeError
@@ -113,9 +114,10 @@ def _plan_generate(own: GenerateStageConfig, recipe: Recipe, shapes: Mapping[str
 def _plan_eval(
     names: Sequence[str], recipe: Recipe, shapes: Mapping[str, Shape], samples: Mapping[str, PlannedSamples]
 ) -> dict[str, Any]:
-    suites = [samples[name].source if name in samples else name for name in recipe.eval.suites]
+    names_of_rows = [name for name in recipe.eval.suites if not name.startswith(LM_EVAL)]
+    suites = [samples[name].source if name in samples else name for name in names_of_rows]
     read = [read_if_available(partial(load_suite, name, recipe, silent), name) for name in suites]
-    if not read:
+    if not recipe.eval.suites:
         read = [read_if_available(partial(held_out, recipe, silent), recipe.data.valid or recipe.data.source)]
     # The embeddings of a suite of sentence pairs cost next to nothing beside responses.
     all_rows = [None if suite is None else suite.rows for suite, _ in read if suite is None or not suite.is_pairs]

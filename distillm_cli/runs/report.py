@@ -76,7 +76,10 @@ def selects_by_metric(recipe: Recipe) -> bool:
 
 
 def check_selection_metric(recipe: Recipe) -> None:
-    """Raise UsageError if checkpoints are selected by a metric and no responses are generated."""
+    """Raise UsageError if the metric that selects checkpoints has no direction, or no responses are generated."""
+    if selects_by_metric(recipe) and plugins.metrics[recipe.train.select].higher_is_better is None:
+        what = f"train.select = {recipe.train.select}, which is not better when it is higher or lower"
+        raise UsageError("usage.invalid_selection", what, hint="try --set train.select=valid_loss")
     if selects_by_metric(recipe) and not recipe.eval.report_rows:
         what = f"train.select = {recipe.train.select} needs eval.report_rows held-out rows, but that is 0"
         raise UsageError(

@@ -197,11 +197,16 @@ class CheckpointScores:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Hold the result of ``eval``: the scores of each checkpoint, in the order given."""
+    """Hold the result of ``eval``: the scores of each checkpoint, in the order given.
+
+    comparisons: of each checkpoint with the first, by suite and metric. judge: requests, cost and pairs of a judge.
+    """
 
     checkpoints: tuple[CheckpointScores, ...]
     output: str
     wall_s: float
+    comparisons: tuple[Mapping[str, Any], ...] = ()
+    judge: Mapping[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the object of ``--json``."""
@@ -217,6 +222,10 @@ class EvalResult:
                 scores.checkpoint: {"output": str(scores.output), "suites": scores.suites}
                 for scores in self.checkpoints
             }
+        if self.comparisons:
+            found["comparisons"] = list(self.comparisons)
+        if self.judge is not None:
+            found["judge"] = self.judge
         return found
 
 

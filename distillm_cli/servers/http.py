@@ -53,7 +53,7 @@ class Server:
         self.api = url if parsed.path.strip("/") else f"{url}/v1"
         self.lost_connections = 0
         self._sleep = sleep
-        self._timeout = _seconds(TIMEOUT, _TIMEOUT_SECONDS)
+        self._timeout = answer_timeout()
         key = self._key = os.environ.get(KEY)
         self._client = httpx2.Client(
             headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -190,6 +190,11 @@ def in_parallel(
             yield i, result  # type: ignore[misc]  # a result without an error
     finally:
         stopped.set()
+
+
+def answer_timeout() -> float:
+    """Return the seconds that an answer is awaited. Raises UsageError for a variable that is no number of seconds."""
+    return _seconds(TIMEOUT, _TIMEOUT_SECONDS)
 
 
 def _seconds(variable: str, default: float) -> float:

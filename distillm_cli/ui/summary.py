@@ -111,7 +111,8 @@ def eval_summary(result: EvalResult) -> Iterator[RenderableType | Note]:
         tasks += [[*name, *row] for row in _task_rows(checkpoint, metrics)]
     if tasks:
         yield table("By kind of task", [*lead, "task", *titles], tasks)
-    yield table("Scores", [*lead, "suite", "rows", *titles, *(["entropy"] if has_entropy else [])], rows)
+    if rows:
+        yield table("Scores", [*lead, "suite", "rows", *titles, *(["entropy"] if has_entropy else [])], rows)
     backdoors: list[list[object]] = []
     attacks: list[list[object]] = []
     for checkpoint in result.checkpoints:
@@ -133,6 +134,8 @@ def eval_summary(result: EvalResult) -> Iterator[RenderableType | Note]:
 
 def _suite_rows(checkpoint: CheckpointScores, metrics: Sequence[str], *, with_entropy: bool) -> Iterator[list[object]]:
     for name, suite in checkpoint.suites.items():
+        if "lm_eval" in suite:
+            continue  # has a table of its own
         figures = [_score(suite.get(metric), _passes(checkpoint, suite)) for metric in metrics]
         entropy = [None if suite.get("entropy") is None else f"{suite['entropy']:.3f}"] if with_entropy else []
         yield [name, f"{suite['rows']:,}", *figures, *entropy]

@@ -38,3 +38,15 @@ def weights_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], dtype: torc
         sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 64)][:64]
         digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.to(dtype).float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def weights_checksum(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return a checksum of every number of the tensors: sums of their bits as integers, which any device adds up alike."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        bits = tensor.detach().contiguous().flatten().view(_INTEGERS[tensor.element_size()])
+        digest.update(f"{name} {int(bits.sum(dtype=torch.int64))}".encode())
+    return digest.hexdigest()
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number

@@ -39,10 +39,12 @@ ALLOWED: dict[str, set[str]] = {
     **{package: {*TRAINING_PACKAGES, "servers"} for package in TRAINING_PACKAGES},
     "extras": {"models", "config.extras", *TRAINING_PACKAGES},
     "evaluation": {
+        "config.suite_file",
         "rollouts.sampler",
         "rollouts.next_token",
         "data",
         "losses.attacks",
+        "losses.fused",
         "losses.plain",
         "teachers.local",
     },

@@ -1,0 +1,105 @@
+"""Test perplexity, KL and agreement on references against sums in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from distillm_cli.config.schema import DataConfig
+from distillm_cli.data.encoder import Encoder
+from distillm_cli.data.sources import Row
+from distillm_cli.evaluation.likelihood import load_references, measure_references, read_references, save_references
+from distillm_cli.evaluation.suites import Suite
+from distillm_cli.models.backbone import Backbone
+from distillm_cli.training.events import Warned
+from tests import tiny
+from tests.codes import raises_code
+
+CPU = torch.device("cpu")
+PAIRS = [("abc", "hello"), ("x", "a b"), ("student", "teacher of it"), ("u", "v")]
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Backbone, Backbone, Encoder]:
+    tokenizer = tiny.tokenizer()
+    student = Backbone(tiny.model("gpt2", len(tokenizer), spread=2.0), tokenizer)
+    teacher = Backbone(tiny.model("llama", len(tokenizer), spread=3.0), tokenizer)
+    for model in (student, teacher):
+        model.model.double().eval()
+    return student, teacher, Encoder(tokenizer, DataConfig(template="plain"))
+
+
+def suite(*extra: Row) -> Suite:
+    rows = [Row(prompt=prompt, references=(text,), where=f"t:{i}") for i, (prompt, text) in enumerate(PAIRS)]
+    return Suite("words", [*rows, *extra], "t")
+
+
+def measure(student, encoder, rows, teacher=None, **options):
+    options = {"context": student.context, "device": CPU, "batch_size": 3, **options}
+    return measure_references(student, encoder, rows, teacher=teacher, **options)
+
+
+def test_figures_match_float64(models):
+    student, teacher, encoder = models
+    result = measure(student, encoder, suite(), teacher)
+    sums = dict.fromkeys(("loss", "teacher_loss", "forward", "reverse", "agree", "tokens"), 0.0)
+    with torch.no_grad():
+        for sequence in encoder.with_settings(max_length=64, max_prompt_length=64).sequences(suite().rows):
+            ids = torch.tensor([[*sequence.prompt.tolist(), *sequence.response.tolist()]])
+            start = len(sequence.prompt)
+            log_q, log_p = (m.model(ids).logits[0, start - 1 : -1].double().log_softmax(-1) for m in (student, teacher))
+            targets = ids[0, start:, None]
+            sums["loss"] -= log_q.gather(1, targets).sum().item()
+            sums["teacher_loss"] -= log_p.gather(1, targets).sum().item()
+            sums["forward"] += (log_p.exp() * (log_p - log_q)).sum().item()
+            sums["reverse"] += (log_q.exp() * (log_q - log_p)).sum().item()
+            sums["agree"] += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
+            sums["tokens"] += len(sequence.response)
+    found = result.as_json()
+    tokens = sums["tokens"]
+    assert (found["rows"], found["tokens"]) == (4, tokens)
+    assert found["loss"] == pytest.approx(sums["loss"] / tokens, rel=1e-9)
+    assert found["perplexity"] == pytest.approx(math.exp(sums["loss"] / tokens), rel=1e-9)
+    assert found["teacher_perplexity"] == pytest.approx(math.exp(sums["teacher_loss"] / tokens), rel=1e-9)
+    assert found["kl_teacher_student"] == pytest.approx(sums["forward"] / tokens, rel=1e-9)
+    assert found["kl_student_teacher"] == pytest.approx(sums["reverse"] / tokens, rel=1e-9)
+    assert found["agreement"] == pytest.approx(100 * sums["agree"] / tokens)
+    assert 0 < found["agreement"] < 100
+
+
+def test_model_agrees_with_itself(models):
+    student, _, encoder = models
+    found = measure(student, encoder, suite(), student).as_json()
+    assert found["kl_teacher_student"] == pytest.approx(0, abs=1e-12)
+    assert found["agreement"] == 100
+
+
+def test_batch_size_has_no_effect(models):
+    student, teacher, encoder = models
+    one = list(measure(student, encoder, suite(), teacher, batch_size=1).lines())
+    two = list(measure(student, encoder, suite(), teacher, batch_size=4).lines())
+    assert [line["where"] for line in one] == ["t:0", "t:1", "t:2", "t:3"]
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b)
+
+
+def test_long_rows_and_rows_without_reference_are_left_out(models):
+    student, _, encoder = models
+    events = []
+    rows = suite(Row(prompt="x" * 70, references=("y",), where="t:4"), Row(prompt="a", where="t:5"))
+    result = measure(student, encoder, rows, listener=events.append)
+    assert result.as_json()["rows"] == 4
+    assert any(isinstance(event, Warned) and "2 rows left out" in event.text for event in events)
+    with raises_code("data.no_references", "words"):
+        measure(student, encoder, Suite("words", [Row(prompt="a", where="t:5")], "t"))
+
+
+def test_saved_figures_are_read_for_the_same_inputs(models, tmp_path):
+    student, teacher, encoder = models
+    result = measure(student, encoder, suite(), teacher)
+    save_references(result, tmp_path, {"weights": "1"})
+    assert load_references(suite(), tmp_path, {"weights": "1"}) == result.as_json()
+    assert load_references(suite(), tmp_path, {"weights": "2"}) is None
+    assert read_references(tmp_path / "words") == list(result.lines())
