@@ -240,6 +240,83 @@ class GenerateResult:
         return found | {item.name: getattr(self, item.name) for item in fields(self) if item.name != "responses"}
 
 
+@dataclass(frozen=True, slots=True)
+class GroupScore:
+    """Hold a metric of runs that differ in their seed. sd: sample standard deviation over them; None for one run."""
+
+    mean: float
+    sd: float | None
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunGroup:
+    """Hold runs that differ in their seed alone. settings: those that differ from other groups. seconds, tokens_per_s,
+    rollouts (share of steps on student outputs): means over the runs. unfinished: how many runs are.
+    """
+
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    seeds: tuple[object, ...]
+    settings: Mapping[str, object]
+    scores: Mapping[str, GroupScore]
+    seconds: float | None
+    tokens_per_s: float | None
+    rollouts: float | None
+    unfinished: int = 0
+
+    @property
+    def title(self) -> str:
+        """Return the name of the first run, and the number of others."""
+        return self.names[0] + (f" + {len(self.names) - 1}" if len(self.names) > 1 else "")
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """Hold the result of ``report``. settings: names of those that differ. best: by metric, indices of the best groups.
+
+    skipped: path and reason of what is not a run. notes: path and note of runs that are incomplete. written: files.
+    """
+
+    settings: tuple[str, ...]
+    metrics: tuple[str, ...]
+    groups: tuple[RunGroup, ...]
+    best: Mapping[str, frozenset[int]]
+    lower_is_better: frozenset[str]
+    skipped: tuple[tuple[str, str], ...]
+    notes: tuple[tuple[str, str], ...]
+    written: tuple[str, ...]
+    wall_s: float
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object of ``--json``."""
+        groups = [
+            {
+                "runs": list(group.paths),
+                "seeds": list(group.seeds),
+                "settings": dict(group.settings),
+                "scores": {name: asdict(score) for name, score in group.scores.items()},
+                "best": [name for name in self.metrics if i in self.best[name]],
+                "seconds": group.seconds,
+                "tokens_per_s": group.tokens_per_s,
+                "rollouts": group.rollouts,
+                "unfinished": group.unfinished,
+            }
+            for i, group in enumerate(self.groups)
+        ]
+        return {
+            "command": "report",
+            "status": "ok",
+            "settings": list(self.settings),
+            "metrics": list(self.metrics),
+            "groups": groups,
+            "skipped": [{"path": path, "reason": why} for path, why in self.skipped],
+            "notes": [{"path": path, "note": note} for path, note in self.notes],
+            "written": list(self.written),
+            "wall_s": self.wall_s,
+        }
+
+
 @dataclass(frozen=True)
 class DecodedSequence:
     """Hold a sequence of a batch as text, in pieces: (text, whether it is one supervised token)."""
