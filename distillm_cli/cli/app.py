@@ -66,7 +66,19 @@ app = typer.Typer(
         "for a in 0.0 0.1 0.3; do distillm distill --recipe quickstart --alpha $a --output runs/a$a --json; done",
     ),
 )
-for _command in (sft, generate, distill, eval_checkpoints, run_stages, plan, show_report, serve, schema, explain_field, env):
+for _command in (
+    sft,
+    generate,
+    distill,
+    eval_checkpoints,
+    run_stages,
+    plan,
+    show_report,
+    serve,
+    schema,
+    explain_field,
+    env,
+):
     app.command(_command.name, cls=options.PlainCommand, rich_help_panel=_command.panel, epilog=_command.epilog)(
         _command.run
     )

@@ -35,6 +35,39 @@ Csv = Annotated[
 Markdown = Annotated[
     bool, typer.Option("--md", metavar="", help="Print a Markdown table.", rich_help_panel=options.OUTPUT_PANEL)
 ]
+Html = Annotated[
+    bool,
+    typer.Option(
+        "--html", metavar="", help="Write report.html: one file, no scripts.", rich_help_panel=options.OUTPUT_PANEL
+    ),
+]
+Plots = Annotated[
+    bool,
+    typer.Option(
+        "--plots", metavar="", help="Write the charts as SVG and PNG in plots/.", rich_help_panel=options.OUTPUT_PANEL
+    ),
+]
+Place = Annotated[
+    str | None,
+    typer.Option(
+        "--output",
+        metavar="DIR",
+        callback=options.check_named,
+        help=r"Directory of report.html and plots/. [dim]\[default: the run's, or the one that has all runs][/]",
+        rich_help_panel=options.OUTPUT_PANEL,
+    ),
+]
+Rows = Annotated[
+    int,
+    typer.Option(
+        "--rows",
+        metavar="N",
+        min=0,
+        show_default=False,
+        help=r"Held-out rows that report.html of one run shows token by token. 0: load no model. [dim]\[default: 4][/]",
+        rich_help_panel=options.OUTPUT_PANEL,
+    ),
+]
 
 
 @command(
@@ -44,6 +77,8 @@ Markdown = Annotated[
         "distillm report runs/a",
         "distillm report runs/* --sort exact_match",
         "distillm report runs --csv > runs.csv",
+        "distillm report runs/a --html",
+        "distillm report runs/* --html --plots --output sweep",
     ),
 )
 def show_report(
@@ -51,6 +86,10 @@ def show_report(
     sort: Sort = None,
     csv: Csv = False,
     md: Markdown = False,
+    html: Html = False,
+    plots: Plots = False,
+    output: Place = None,
+    rows: Rows = 4,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -62,7 +101,7 @@ def show_report(
     from pathlib import Path
 
     from distillm_cli.cli.streams import write_stdout
-    from distillm_cli.runs.report_runs import report_runs
+    from distillm_cli.runs.report_runs import ReportOptions, report_runs
     from distillm_cli.ui.console import console
     from distillm_cli.ui.report_tables import report_csv, report_markdown, report_tables
 
@@ -71,7 +110,8 @@ def show_report(
         raise UsageError("usage.exclusive_options", what, hint="choose one of them")
     paths = [Path(directory).expanduser() for directory in directories]
     with console(json_mode=json, quiet=quiet) as ui:
-        result = report_runs(paths, ui, sort=sort)
+        chosen = ReportOptions(sort, html, plots, Path(output).expanduser() if output else None, rows)
+        result = report_runs(paths, chosen, ui)
         if csv or md:
             write_stdout(report_csv(result) if csv else report_markdown(result))
             return

@@ -28,8 +28,10 @@ _MAX_BYTES = 32 * 2**20  # of a recipe or a result
 _HEADER = re.compile(r"^# Written by distillm (\S+) on (.*), (\d{4}-\d\d-\d\d \d\d:\d\d UTC)$", re.MULTILINE)
 _COMMAND = re.compile(r"^# Command: (.*)$", re.MULTILINE)
 _SECTION = re.compile(r"^(?=[A-Za-z_])", re.MULTILINE)
+_FIELD = re.compile(r"((?:  )*)(\w+):(?: +(\S.*))?")  # one line of a recipe, as runs write it
 _RESULTS = "results.json"
 AFTER = "student_after"  # key of the result's report
+_THIS_VERSION = distillm_cli.__version__  # read once: it searches the installed packages
 FINISHED, UNFINISHED = "finished", "unfinished"
 
 
@@ -153,8 +155,8 @@ def _read_run(path: Path, recipe: str) -> RecordedRun | Unreadable:
         notes.append("the run did not start" if last_step is None else f"unfinished, at step {last_step:,}")
     header = _HEADER.search(recipe)
     version = header[1] if header else None
-    if version is not None and version != distillm_cli.__version__:
-        notes.append(f"written by distillm {version}, this is {distillm_cli.__version__}")
+    if version is not None and version != _THIS_VERSION:
+        notes.append(f"written by distillm {version}, this is {_THIS_VERSION}")
     command = _COMMAND.search(recipe)
     return RecordedRun(
         path,
@@ -180,10 +182,26 @@ def _sections(recipe: str) -> dict[str, Mapping[str, Any]]:
 
 @lru_cache(maxsize=4096)
 def _parsed(text: str) -> dict[str, Mapping[str, Any]]:
-    value = node_value(compose(text, output_dir.RECIPE), output_dir.RECIPE)
-    if not isinstance(value, dict):
-        return {}
-    return {name: MappingProxyType(dict(_flat(name, content))) for name, content in value.items()}
+    """Return the settings of a section by its name: line by line as runs write them, otherwise as any YAML."""
+    names: list[str] = []
+    settings: dict[str, Any] = {}
+    for line in text.splitlines():
+        if not line or line.startswith("#"):
+            continue
+        found = _FIELD.fullmatch(line)
+        if found is None or len(found[1]) > 2 * len(names):
+            value = node_value(compose(text, output_dir.RECIPE), output_dir.RECIPE)
+            sections = value.items() if isinstance(value, dict) else ()
+            return {name: MappingProxyType(dict(_flat(name, content))) for name, content in sections}
+        names = [*names[: len(found[1]) // 2], found[2]]
+        if found[3] is not None:
+            settings[".".join(names)] = _value(found[3])
+    return {names[0]: MappingProxyType(settings)} if names else {}
+
+
+@lru_cache(maxsize=4096)
+def _value(text: str) -> Any:
+    return node_value(compose(text, output_dir.RECIPE), output_dir.RECIPE)
 
 
 def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from distillm_cli import plugins
 from distillm_cli.config.fields import is_lower_better
 from distillm_cli.errors import UsageError
 from distillm_cli.runs.recorded_run import UNFINISHED, RecordedRun
@@ -95,6 +96,14 @@ def rollout_share(run: RecordedRun) -> float | None:
     if not steps or fresh is None:
         return None
     return (fresh + (replayed or 0)) / steps
+
+
+def metric_title(name: str) -> str:
+    """Return the heading of a metric, after its suite if it has one."""
+    place, _, metric = name.rpartition(" ")
+    known = plugins.metrics.get(metric)
+    label = "valid CE" if metric == "valid_loss" else metric.replace("_", " ") if known is None else known.label
+    return f"{place} {label}".strip()
 
 
 def lower_is_better(metric: str) -> bool:

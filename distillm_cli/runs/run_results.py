@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from distillm_cli.training.events import Event
+from distillm_cli.utils.text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -248,6 +249,23 @@ class GroupScore:
     sd: float | None
     runs: int
 
+    @property
+    def text(self) -> str:
+        """Return the mean ± the standard deviation, with three decimals below 10 and two above."""
+        digits = 2 if abs(self.mean) >= 10 else 3
+        return f"{self.mean:.{digits}f}" + ("" if self.sd is None else f" ± {self.sd:.{digits}f}")
+
+
+def plain_value(value: object) -> str:
+    """Return a setting as it is written in a command: lists with commas, booleans in lower case."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ",".join(map(plain_value, value))
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))
+
 
 @dataclass(frozen=True, slots=True)
 class RunGroup:
@@ -270,10 +288,15 @@ class RunGroup:
         """Return the name of the first run, and the number of others."""
         return self.names[0] + (f" + {len(self.names) - 1}" if len(self.names) > 1 else "")
 
+    def setting_text(self, key: str) -> str:
+        """Return a setting as it is written in a command."""
+        return plain_value(self.settings[key])
+
 
 @dataclass(frozen=True)
 class ReportResult:
-    """Hold the result of ``report``. settings: names of those that differ. best: by metric, indices of the best groups.
+    """Hold the result of ``report``. settings: names of those that differ. titles, best: headings and indices of the best
+    groups, by metric. outcomes: the models of the run, if there is only one.
 
     skipped: path and reason of what is not a run. notes: path and note of runs that are incomplete. written: files.
     """
@@ -281,12 +304,14 @@ class ReportResult:
     settings: tuple[str, ...]
     metrics: tuple[str, ...]
     groups: tuple[RunGroup, ...]
+    titles: Mapping[str, str]
     best: Mapping[str, frozenset[int]]
     lower_is_better: frozenset[str]
     skipped: tuple[tuple[str, str], ...]
     notes: tuple[tuple[str, str], ...]
     written: tuple[str, ...]
     wall_s: float
+    outcomes: tuple[Outcome, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """Return the object of ``--json``."""

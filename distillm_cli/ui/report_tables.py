@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from rich.console import RenderableType
 from rich.text import Text
 
-from distillm_cli import plugins
 from distillm_cli.runs.run_results import GroupScore, ReportResult, RunGroup
 from distillm_cli.training.events import Note
-from distillm_cli.ui.display import GOOD, VALID_LOSS
-from distillm_cli.ui.summary import NOT_AVAILABLE, table
-from distillm_cli.utils.text import counted, format_percent, printable
+from distillm_cli.ui.display import GOOD
+from distillm_cli.ui.summary import NOT_AVAILABLE, outcome_table, table
+from distillm_cli.utils.text import counted, format_percent
 
 _MAX_SETTINGS = 6  # columns of settings on a terminal
 _BEST = "*"
@@ -25,13 +24,15 @@ def report_tables(result: ReportResult) -> Iterator[RenderableType | Note]:
     settings = result.settings[:_MAX_SETTINGS]
     has_costs = [any(getattr(group, name) is not None for group in result.groups) for name in _COSTS]
     costs = [name for name, has in zip(_COSTS, has_costs, strict=True) if has]
-    columns = ["run", *settings, *map(metric_title, result.metrics), *(_COSTS[name] for name in costs)]
+    columns = ["run", *settings, *(result.titles[name] for name in result.metrics), *(_COSTS[name] for name in costs)]
     rows = []
     for i, group in enumerate(result.groups):
-        cells: list[object] = [_title(group), *(plain_value(group.settings[name]) for name in settings)]
+        cells: list[object] = [_title(group), *(group.setting_text(name) for name in settings)]
         cells += [_score_cell(group.scores.get(name), i in result.best[name]) for name in result.metrics]
         cells += [_cost(name, getattr(group, name)) for name in costs]
         rows.append(cells)
+    if result.outcomes:
+        yield outcome_table(result.outcomes, title="Held-out rows")
     yield table(counted(sum(len(group.names) for group in result.groups), "run"), columns, rows)
     yield _legend(result)
 
@@ -42,7 +43,7 @@ def _legend(result: ReportResult) -> Text:
         parts.append(f"{_BEST} best")
     if any(score.sd is not None for group in result.groups for score in group.scores.values()):
         parts.append("± standard deviation over runs that differ in their seed")
-    lower = [metric_title(name) for name in result.metrics if name in result.lower_is_better]
+    lower = [result.titles[name] for name in result.metrics if name in result.lower_is_better]
     if lower:
         parts.append(f"lower is better: {', '.join(lower)}")
     if (hidden := len(result.settings) - _MAX_SETTINGS) > 0:
@@ -57,45 +58,16 @@ def _title(group: RunGroup) -> str:
     return group.title + (f" ({group.unfinished} unfinished)" if group.unfinished else "")
 
 
-def metric_title(name: str) -> str:
-    """Return the heading of a metric, after its suite if it has one."""
-    place, _, metric = name.rpartition(" ")
-    known = plugins.metrics.get(metric)
-    label = VALID_LOSS if metric == "valid_loss" else metric.replace("_", " ") if known is None else known.label
-    return f"{place} {label}".strip()
-
-
-def score_text(name: str, score: GroupScore | None) -> str:
-    """Format a mean with its standard deviation; a loss has three decimals."""
-    if score is None:
-        return NOT_AVAILABLE
-    digits = 3 if name.endswith("loss") else 2
-    return f"{score.mean:.{digits}f}" + (f" ± {score.sd:.{digits}f}" if score.sd is not None else "")
-
-
 def _score_cell(score: GroupScore | None, is_best: bool) -> Text | str | None:
-    if score is None:
-        return None
-    digits = 2 if abs(score.mean) >= 10 else 3
-    text = f"{score.mean:.{digits}f}" + (f" ± {score.sd:.{digits}f}" if score.sd is not None else "")
-    return Text(f"{text} {_BEST}", f"bold {GOOD}") if is_best else text
+    if score is None or not is_best:
+        return None if score is None else score.text
+    return Text(f"{score.text} {_BEST}", f"bold {GOOD}")
 
 
 def _cost(name: str, value: float | None) -> str | None:
     if value is None:
         return None
     return format_percent(value) if name == "rollouts" else f"{value:,.0f}"
-
-
-def plain_value(value: object) -> str:
-    """Return a setting as it is written in a command: lists with commas, booleans in lower case."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list | tuple):
-        return ",".join(map(plain_value, value))
-    return f"{value:g}" if isinstance(value, float) else printable(str(value))
 
 
 def report_csv(result: ReportResult) -> str:
@@ -106,7 +78,7 @@ def report_csv(result: ReportResult) -> str:
     writer.writerow(["run", "runs", "unfinished", *result.settings, *heads, *_COSTS])
     for group in result.groups:
         cells: list[object] = [group.names[0], len(group.names), group.unfinished]
-        cells += [plain_value(group.settings[name]) for name in result.settings]
+        cells += [group.setting_text(name) for name in result.settings]
         for name in result.metrics:
             score = group.scores.get(name)
             cells += ["", "", 0] if score is None else [score.mean, "" if score.sd is None else score.sd, score.runs]
@@ -122,13 +94,14 @@ def _safe_cell(cell: object) -> object:
 
 def report_markdown(result: ReportResult) -> str:
     """Return the groups as a Markdown table, with the best figures in bold."""
-    heads = ["run", *result.settings, *map(metric_title, result.metrics), *_COSTS.values()]
+    heads = ["run", *result.settings, *(result.titles[name] for name in result.metrics), *_COSTS.values()]
     figures = 1 + len(result.settings)
     lines = [_markdown_row(heads), _markdown_row(["---" if i < figures else "---:" for i in range(len(heads))])]
     for i, group in enumerate(result.groups):
-        cells = [_title(group), *(plain_value(group.settings[name]) for name in result.settings)]
+        cells = [_title(group), *(group.setting_text(name) for name in result.settings)]
         for name in result.metrics:
-            text = score_text(name, group.scores.get(name))
+            score = group.scores.get(name)
+            text = NOT_AVAILABLE if score is None else score.text
             cells.append(f"**{text}**" if i in result.best[name] else text)
         cells += [_cost(name, getattr(group, name)) or NOT_AVAILABLE for name in _COSTS]
         lines.append(_markdown_row(cells))
