@@ -115,6 +115,12 @@ def _source(line: Mapping[str, Any]) -> str:
     return _SOURCES.get(name, name)
 
 
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Return the names with sources first, so that a source has the same color in every chart."""
+    names = list(names)
+    return [*(name for name in _SOURCES.values() if name in names), *(n for n in names if n not in _SOURCES.values())]
+
+
 def _points(lines: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> list[dict[str, Any]]:
     found = [
         {"step": line["step"], "value": value, "series": text}
@@ -146,30 +152,31 @@ def _binned(lines: Sequence[Mapping[str, Any]], values: Any) -> list[dict[str, A
 def _mix(steps: Sequence[Mapping[str, Any]]) -> Chart:
     """Return the share of each source over steps, and φ."""
     last = max(line["step"] for line in steps)
-    width = max(1, -(-(last + 1) // 40))
+    bins = min(40, max(4, len(steps) // 8))  # with at least eight logged steps each
+    width = max(1, -(-(last + 1) // bins))
     counts: dict[int, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for line in steps:
         counts[line["step"] // width][_source(line)] += 1
-    names = list(dict.fromkeys(_source(line) for line in steps))
-    shares = [
-        {
-            "step": number * width,
-            "end": (number + 1) * width,
-            "value": found[name] / sum(found.values()),
-            "series": name,
-        }
-        for number, found in sorted(counts.items())
-        for name in names
-    ]
+    names = _in_order({_source(line) for line in steps})
+    shares = []
+    for number, found in sorted(counts.items()):
+        top = 0.0
+        for name in names:
+            share = found[name] / sum(found.values())
+            if share:
+                span = {"step": number * width, "end": min((number + 1) * width, last)}
+                shares.append({**span, "low": round(top, 4), "value": round(top + share, 4), "series": name})
+            top += share
     phi = _binned(steps, lambda line: {"φ": finite_number(line.get("phi"))})
     area = {
         "data": {"values": shares},
-        "mark": {"type": "bar", "opacity": 0.75, "stroke": None},
+        "mark": {"type": "rect", "opacity": 0.75},
         "encoding": {
             "x": _axis("step", "step"),
             "x2": {"field": "end"},
-            "y": {**_axis("value", "share of steps"), "stack": "zero", "scale": {"domain": [0, 1]}},
-            "color": _color(names),
+            "y": {**_axis("low", "share of steps"), "scale": {"domain": [0, 1]}},
+            "y2": {"field": "value"},
+            "color": _color(names, symbol="square"),
         },
     }
     line = {
@@ -213,7 +220,7 @@ def _lines(
     x: str = "step",
     points: bool = False,
 ) -> Chart:
-    series = list(dict.fromkeys(str(value["series"]) for value in values))
+    series = _in_order({str(value["series"]): None for value in values})
     spec: dict[str, Any] = {
         "data": {"values": values},
         "mark": {"type": "line", "point": {"size": 22} if points and len(values) < 80 else False, "strokeWidth": 1.8},
@@ -312,9 +319,9 @@ def _axis(field: str, title: str) -> dict[str, Any]:
     return {"field": field, "type": "quantitative", "title": title, "scale": {"nice": True}}
 
 
-def _color(names: Sequence[str]) -> dict[str, Any]:
+def _color(names: Sequence[str], symbol: str = "stroke") -> dict[str, Any]:
     colors = [COLORS[i % len(COLORS)] for i in range(len(names))]
-    legend = {"title": None, "orient": "top", "labelLimit": 180, "columns": 3, "symbolType": "stroke"}
+    legend = {"title": None, "orient": "top", "labelLimit": 180, "columns": 3, "symbolType": symbol}
     return {
         "field": "series",
         "type": "nominal",

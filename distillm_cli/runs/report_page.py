@@ -20,7 +20,7 @@ import distillm_cli
 from distillm_cli.runs import charts, output_dir
 from distillm_cli.runs.charts import Chart, Point
 from distillm_cli.runs.recorded_run import RecordedRun, finite_number, model_figures, read_metrics
-from distillm_cli.runs.run_groups import best_groups, differing_settings, lower_is_better, metric_title
+from distillm_cli.runs.run_groups import differing_settings, lower_is_better, metric_title
 from distillm_cli.runs.run_results import GroupScore, ReportResult, RunGroup, plain_value
 from distillm_cli.utils.text import (
     counted,
@@ -72,7 +72,7 @@ def _render(template: str, title: str, **content: Any) -> str:
 def _drawn(found: Iterable[Chart]) -> tuple[list[dict[str, Any]], str]:
     """Return the charts with their SVG, and the reason if they cannot be drawn."""
     try:
-        return [{"title": c.title, "caption": c.caption, "svg": Markup(charts.draw_svg(c))} for c in found], ""  # noqa: S704
+        return [{"title": c.title, "caption": c.caption, "svg": Markup(charts.draw_svg(c))} for c in found], ""
     except ImportError:
         return [], f"{charts.MISSING_EXTRA[0].upper()}{charts.MISSING_EXTRA[1:]}."
 
@@ -136,7 +136,7 @@ def _tiles(run: RecordedRun) -> list[dict[str, str]]:
     """Return the headline figures: quality after and before training, seconds, tokens."""
     figures = model_figures(run.result)
     after, before, teacher = (figures.get(name, {}) for name in ("student_after", "student_before", "teacher"))
-    names = [name for name in after if name != "valid_loss"][:2] + ["valid_loss"]
+    names = [*[name for name in after if name != "valid_loss"][:2], "valid_loss"]
     tiles = []
     for name in names:
         value, start, goal = after.get(name), before.get(name), teacher.get(name)
@@ -305,7 +305,8 @@ def _costs(run: RecordedRun) -> list[tuple[str, str]]:
         found.append(("saved by replay", text + f"{format_percent(replayed / (replayed + fresh))} of the sampling"))
     computed = result("teacher_tokens")
     if computed and tokens and tokens > computed:
-        text = f"the teacher ran on {computed:,.0f} of {tokens:,.0f} tokens: {format_percent(1 - computed / tokens)} from the cache"
+        share = format_percent(1 - computed / tokens)
+        text = f"the teacher ran on {computed:,.0f} of {tokens:,.0f} tokens: {share} from the cache"
         found.append(("saved by the teacher cache", text))
     cache = run.result.get("teacher_cache")
     if isinstance(cache, dict) and (size := finite_number(cache.get("bytes"))):

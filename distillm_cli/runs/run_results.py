@@ -99,6 +99,7 @@ class TrainResult:
 
     report: ``valid_loss`` and scores by model ("student_after", "teacher", …). teacher_cache, teacher_tokens: None
     without a teacher. baselines: of ``--compare``. findings: of the checks before the first step, empty after a resume.
+    flops: estimate for the steps. energy_j: of the processors in J, with the stages before; None without counters.
     """
 
     command: str
@@ -127,6 +128,9 @@ class TrainResult:
     teacher_tokens: int | None = None
     baselines: tuple[Baseline, ...] = ()
     findings: tuple[Mapping[str, str], ...] = ()
+    flops: float | None = None
+    energy_j: float | None = None
+    machine: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def samples(self) -> tuple[Sample, ...]:
@@ -159,6 +163,7 @@ class TrainResult:
         for item in fields(self):
             if item.name not in found and item.name not in left_out:
                 found[item.name] = getattr(self, item.name)
+        found["measured_on"] = self.summary.measured_on
         if self.baselines:
             found["baselines"] = [asdict(baseline) for baseline in self.baselines]
         return found

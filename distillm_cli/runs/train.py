@@ -22,7 +22,9 @@ from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
 from distillm_cli.runs.cache_planning import TeacherHandle, check_rows, open_teacher
 from distillm_cli.runs.defaults import fitted
+from distillm_cli.runs.machine import machine_of_run
 from distillm_cli.runs.mask_stage import LearnMasks
+from distillm_cli.runs.plan import step_flops, training_flops
 from distillm_cli.runs.preflight import Finding, check_strict, preflight, report_findings
 from distillm_cli.runs.prepare import Prepared, prepare
 from distillm_cli.runs.pretraining import PreTraining
@@ -70,6 +72,7 @@ from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.training.state import TrainerState
 from distillm_cli.training.trainer import Trainer
+from distillm_cli.utils.energy import EnergyMeter
 from distillm_cli.utils.memory import keep_freed_memory
 from distillm_cli.utils.signals import received_signal
 from distillm_cli.utils.text import counted, format_bytes
@@ -80,6 +83,7 @@ class _Training:
     """Hold the objects of a training that is ready to start: of a run, or of the fine-tuning stage before it.
 
     checkpoint: to resume from. started: start of the command, by ``time.perf_counter``. findings: of the checks before it.
+    energy: meter of the command.
     """
 
     command: str
@@ -90,6 +94,7 @@ class _Training:
     teacher: TeacherHandle | None
     started: float
     findings: SequenceOf[Finding] = ()
+    energy: EnergyMeter | None = None
 
 
 class FineTuning(PriorStage):
@@ -182,9 +187,10 @@ def train(
     stages = stages_of(resolved, PRIOR_STAGES)  # with the values that were chosen while the run was prepared
     output_dir.write_recipe(output, to_yaml(resolved), stages=[stage.name for stage in stages])
     try:
-        run = run_prior_stages(run, stages, resolved, output, checkpoints, teacher, listener)
-        training = _Training(command, run, resolved, output, checkpoints.run, teacher, started, findings)
-        result = _train(training, listener)
+        with EnergyMeter() as energy:
+            run = run_prior_stages(run, stages, resolved, output, checkpoints, teacher, listener)
+            training = _Training(command, run, resolved, output, checkpoints.run, teacher, started, findings, energy)
+            result = _train(training, listener)
         report_checkpoints(output, resolved.recipe.train.keep, listener)
         return result
     except KeyboardInterrupt as stop:
@@ -237,6 +243,7 @@ def _finish(training: _Training, trainer: Trainer, report: Report, listener: Lis
     """Train to the end, restore the best weights, measure the models and publish the student."""
     run = training.run
     output = training.output
+    flops = step_flops(run)
     state = trainer.train()
     if trainer.checkpoints is not None and state.best_step not in (None, state.step):
         best = read_checkpoint(trainer.checkpoints.path(state.best_step))
@@ -249,6 +256,12 @@ def _finish(training: _Training, trainer: Trainer, report: Report, listener: Lis
     publish_model(run, output, training.resolved, state, models, report.measured_on, trainer.student_loss.export_extras)
     summary = _summary(run, state, models, report.measured_on)
     result = _result(training, trainer, state, models, summary)
+    result = replace(
+        result,
+        flops=training_flops(flops, state.sources, run.order.steps_per_epoch),
+        energy_j=None if training.energy is None else training.energy.joules(),
+        machine=machine_of_run(str(run.device)),
+    )
     output_dir.write_result(output, result.as_json())
     return result
 
