@@ -57,6 +57,15 @@ Place = Annotated[
         rich_help_panel=options.OUTPUT_PANEL,
     ),
 ]
+Card = Annotated[
+    bool,
+    typer.Option(
+        "--card",
+        metavar="",
+        help="Add the scores of evaluations to the model card (README.md).",
+        rich_help_panel=options.OUTPUT_PANEL,
+    ),
+]
 Rows = Annotated[
     int,
     typer.Option(
@@ -88,6 +97,7 @@ def show_report(
     md: Markdown = False,
     html: Html = False,
     plots: Plots = False,
+    card: Card = False,
     output: Place = None,
     rows: Rows = 4,
     json: options.Json = False,
@@ -110,7 +120,7 @@ def show_report(
         raise UsageError("usage.exclusive_options", what, hint="choose one of them")
     paths = [Path(directory).expanduser() for directory in directories]
     with console(json_mode=json, quiet=quiet) as ui:
-        chosen = ReportOptions(sort, html, plots, Path(output).expanduser() if output else None, rows)
+        chosen = ReportOptions(sort, html, plots, card, Path(output).expanduser() if output else None, rows)
         result = report_runs(paths, chosen, ui)
         if csv or md:
             write_stdout(report_csv(result) if csv else report_markdown(result))

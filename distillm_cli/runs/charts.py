@@ -254,7 +254,7 @@ def front_chart(metric: str, points: Sequence[Point], *, lower_is_better: bool) 
     points = points[:_MAX_POINTS]
     front = []
     best: float | None = None
-    for point in sorted(points, key=lambda p: (p.x, p.value if lower_is_better else -p.value)):  # type: ignore[arg-type,return-value]
+    for point in sorted(points, key=lambda p: (p.x, p.value if lower_is_better else -p.value)):
         if best is None or (point.value < best if lower_is_better else point.value > best):
             best = point.value
             front.append({"x": point.x, "value": point.value})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -41,6 +42,13 @@ def machine_of_run(device: str) -> dict[str, str]:
     found["processes"] = str(world().size)
     found["device"] = device
     return found
+
+
+def machine_title(machine: Mapping[str, str]) -> str:
+    """Return a name for the machine of a run: its GPUs, else its processor."""
+    gpus = [name for name in str(machine.get("devices", "")).split(", ") if name not in ("", "cpu")]
+    is_on_gpu = str(machine.get("device", "")).startswith(("cuda", "mps")) and gpus
+    return ", ".join(gpus) if is_on_gpu else f"{machine.get('processor', 'cpu')}, {machine.get('cores', '?')} cores"
 
 
 def _processor() -> str:

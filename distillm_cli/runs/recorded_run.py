@@ -30,7 +30,7 @@ _COMMAND = re.compile(r"^# Command: (.*)$", re.MULTILINE)
 _SECTION = re.compile(r"^(?=[A-Za-z_])", re.MULTILINE)
 _FIELD = re.compile(r"((?:  )*)(\w+):(?: +(\S.*))?")  # one line of a recipe, as runs write it
 _RESULTS = "results.json"
-AFTER = "student_after"  # key of the result's report
+_AFTER = "student_after"  # key of the result's report
 _THIS_VERSION = distillm_cli.__version__  # read once: it searches the installed packages
 FINISHED, UNFINISHED = "finished", "unfinished"
 
@@ -238,7 +238,7 @@ def _read(path: Path) -> str:
 
 
 def _held_out_scores(result: Mapping[str, Any]) -> dict[str, Score]:
-    figures = model_figures(result).get(AFTER, {})
+    figures = model_figures(result).get(_AFTER, {})
     return {name: Score(value) for name, value in figures.items() if value is not None}
 
 

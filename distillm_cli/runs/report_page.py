@@ -35,7 +35,6 @@ from distillm_cli.utils.text import (
 if TYPE_CHECKING:
     from distillm_cli.runs.token_divergence import RowDistances, TokenDistance
 
-PAGE = "report.html"
 _MAX_LINES = 200_000  # of metrics.jsonl that are read
 _MAX_SAMPLES = 6
 _MAX_TEXT = 1500  # characters of a prompt or a response

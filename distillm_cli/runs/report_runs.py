@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from distillm_cli.errors import UsageError
 from distillm_cli.runs import output_dir
+from distillm_cli.runs.charts import MISSING_EXTRA
 from distillm_cli.runs.recorded_run import RecordedRun, Unreadable, find_runs, model_figures
 from distillm_cli.runs.run_groups import best_groups, common_parent, group_runs, lower_is_better, metric_title
 from distillm_cli.runs.run_results import Outcome, ReportResult
-from distillm_cli.training.distributed import in_first_process
+from distillm_cli.training.distributed import in_first_process, world
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.utils import manifest
 from distillm_cli.utils.storage import atomic_write, storing
@@ -36,6 +38,7 @@ class ReportOptions:
     sort: str | None = None
     html: bool = False
     plots: bool = False
+    card: bool = False
     output: Path | None = None
     rows: int = 4
 
@@ -74,7 +77,8 @@ def report_runs(paths: Sequence[Path], options: ReportOptions, listener: Listene
         wall_s=0.0,
         outcomes=_outcomes(runs[0]) if len(runs) == 1 else (),
     )
-    written = [*_write_page(result, runs, options, listener), *_write_plots(result, runs, options, listener)]
+    written = _update_cards(runs, options, listener)
+    written += [*_write_page(result, runs, options, listener), *_write_plots(result, runs, options, listener)]
     return replace(result, written=tuple(written), wall_s=round(time.perf_counter() - started, 3))
 
 
@@ -99,9 +103,11 @@ def _outcomes(run: RecordedRun) -> tuple[Outcome, ...]:
     )
 
 
-def write_run_page(output: Path, listener: Listener, *, rows: int = 4) -> None:
-    """Write the page of a finished run into its directory. Raises StorageError."""
-    report_runs([output], ReportOptions(html=True, rows=rows), listener)
+def write_run_page(output: Path, listener: Listener) -> None:
+    """Write the page of a finished run into its directory, in the first process alone. Raises StorageError."""
+    if importlib.util.find_spec("vl_convert") is None:
+        listener(Note(f"{output_dir.REPORT} has no charts: {MISSING_EXTRA}"))
+    world().broadcast(lambda: report_runs([output], ReportOptions(html=True), listener).written)
 
 
 def _place(runs: Sequence[RecordedRun], options: ReportOptions) -> Path:
@@ -115,7 +121,7 @@ def _write_page(
 ) -> list[str]:
     if not options.html:
         return []
-    from distillm_cli.runs.report_page import PAGE, run_page, runs_page
+    from distillm_cli.runs.report_page import run_page, runs_page
 
     place = _place(runs, options)
     if len(runs) > 1:
@@ -123,7 +129,7 @@ def _write_page(
     else:
         distances, why = _distances(runs[0], options, listener)
         page = run_page(runs[0], distances, why)
-    written = _write(place, PAGE, page)
+    written = _write(place, output_dir.REPORT, page)
     listener(Note(f"wrote {written}"))
     return [written]
 
@@ -140,6 +146,24 @@ def _distances(run: RecordedRun, options: ReportOptions, listener: Listener) -> 
 
     distances, why = distances_of_run(run.path, listener, options.rows)
     return distances, f"Left out: {why or 'no held-out row has a response'}."
+
+
+def _update_cards(runs: Sequence[RecordedRun], options: ReportOptions, listener: Listener) -> list[str]:
+    """Update the model card of each run. With several runs, a card that cannot be updated is reported."""
+    if not options.card:
+        return []
+    from distillm_cli.runs.model_card import update_card
+
+    written = []
+    for run in runs:
+        try:
+            written.append(str(update_card(run)))
+        except UsageError as error:
+            if len(runs) == 1:
+                raise
+            listener(Warned(str(error)))
+    listener(Note(f"wrote {counted(len(written), 'model card')}"))
+    return written
 
 
 def _write_plots(
@@ -162,7 +186,7 @@ def _write_plots(
         try:
             files = charts.draw_files(chart)
         except ImportError as error:
-            raise UsageError("usage.missing_extra", charts.MISSING_EXTRA, where="--plots") from error
+            raise UsageError("usage.missing_extra", MISSING_EXTRA, where="--plots") from error
         written += [_write(place / PLOTS, name, content) for name, content in files.items()]
     listener(Note(f"wrote {counted(len(written), 'file')} in {place / PLOTS}"))
     return written

@@ -12,7 +12,7 @@ from typing import Any
 from distillm_cli import plugins
 from distillm_cli.config.fields import is_lower_better
 from distillm_cli.errors import UsageError
-from distillm_cli.runs.recorded_run import UNFINISHED, RecordedRun
+from distillm_cli.runs.recorded_run import UNFINISHED, RecordedRun, finite_number
 from distillm_cli.runs.run_results import GroupScore, RunGroup
 
 _SEED = "train.seed"
@@ -40,8 +40,8 @@ def differing_settings(runs: Iterable[RecordedRun]) -> list[str]:
     sections: dict[str, dict[int, RecordedRun]] = {}
     runs = list(runs)
     for run in runs:
-        for name, values in run.sections.items():  # equal sections are the same object: a run of each is enough
-            sections.setdefault(name, {}).setdefault(id(values), run)
+        for name, settings in run.sections.items():  # equal sections are the same object: a run of each is enough
+            sections.setdefault(name, {}).setdefault(id(settings), run)
     found = []
     for section, distinct in sections.items():
         lacking = next((run for run in runs if section not in run.sections), None)
@@ -134,9 +134,9 @@ def _sorted(groups: list[RunGroup], column: str, settings: list[str], metrics: l
 
     def key(group: RunGroup) -> tuple[int, Any, str]:
         if column in settings:
-            value = group.settings[column]
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            return (0, float(value), "") if is_number else (1, 0.0, str(value))
+            setting = group.settings[column]
+            number = finite_number(setting)
+            return (1, 0.0, str(setting)) if number is None else (0, number, "")
         score = group.scores.get(column)
         value = getattr(group, column) if column in COSTS else None if score is None else score.mean
         if value is None:

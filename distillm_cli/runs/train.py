@@ -11,6 +11,7 @@ from pathlib import Path
 
 from distillm_cli.config.derived import sft_stage_recipe
 from distillm_cli.config.load import Resolved, to_yaml, with_resolved_values
+from distillm_cli.config.schema import Recipe
 from distillm_cli.data.conversations import content_text
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
@@ -22,8 +23,9 @@ from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
 from distillm_cli.runs.cache_planning import TeacherHandle, check_rows, open_teacher
 from distillm_cli.runs.defaults import fitted
-from distillm_cli.runs.machine import machine_of_run
+from distillm_cli.runs.machine import machine_of_run, machine_title
 from distillm_cli.runs.mask_stage import LearnMasks
+from distillm_cli.runs.model_card import CardFacts
 from distillm_cli.runs.plan import step_flops, training_flops
 from distillm_cli.runs.preflight import Finding, check_strict, preflight, report_findings
 from distillm_cli.runs.prepare import Prepared, prepare
@@ -149,7 +151,9 @@ def train(
     if resolved.recipe.disco.enabled:
         from distillm_cli.runs.embeddings import train_embeddings
 
-        return train_embeddings(command, resolved, output, listener, options, on_ready)
+        result = train_embeddings(command, resolved, output, listener, options, on_ready)
+        write_page(resolved.recipe, output, listener)
+        return result
     started = time.perf_counter()
     if options.resume:
         resolved = with_recorded_values(resolved, output)
@@ -192,9 +196,18 @@ def train(
             training = _Training(command, run, resolved, output, checkpoints.run, teacher, started, findings, energy)
             result = _train(training, listener)
         report_checkpoints(output, resolved.recipe.train.keep, listener)
+        write_page(resolved.recipe, output, listener)
         return result
     except KeyboardInterrupt as stop:
         raise interrupted(output, stop) from None
+
+
+def write_page(recipe: Recipe, output: Path, listener: Listener) -> None:
+    """Write the page of a finished run, if the recipe asks for it (``eval.report_page``)."""
+    if recipe.eval.report_page:
+        from distillm_cli.runs.report_runs import write_run_page
+
+        write_run_page(output, listener)
 
 
 def _check_teacher_directory(resolved: Resolved, output: Path) -> None:
@@ -253,14 +266,18 @@ def _finish(training: _Training, trainer: Trainer, report: Report, listener: Lis
         figure = f"the best {run.recipe.train.select} was {state.best:.4g}, at step {state.best_step}"
         listener(Note(f"{figure}: using these weights"))
     models = report.all(trainer)
-    publish_model(run, output, training.resolved, state, models, report.measured_on, trainer.student_loss.export_extras)
+    machine = machine_of_run(str(run.device))
+    energy = None if training.energy is None else training.energy.joules()
+    findings = tuple(finding.as_json() for finding in training.findings)
+    about = CardFacts(report.measured_on, findings, energy, machine=machine_title(machine))
+    publish_model(run, output, training.resolved, state, models, about, trainer.student_loss.export_extras)
     summary = _summary(run, state, models, report.measured_on)
     result = _result(training, trainer, state, models, summary)
     result = replace(
         result,
         flops=training_flops(flops, state.sources, run.order.steps_per_epoch),
         energy_j=None if training.energy is None else training.energy.joules(),
-        machine=machine_of_run(str(run.device)),
+        machine=machine,
     )
     output_dir.write_result(output, result.as_json())
     return result

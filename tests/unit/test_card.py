@@ -5,7 +5,7 @@ import yaml
 
 from distillm_cli.config.load import resolve
 from distillm_cli.data.known import find_dataset
-from distillm_cli.runs.publish import model_card
+from distillm_cli.runs.model_card import CardFacts, model_card
 from distillm_cli.training.state import TrainerState
 
 NAMES = [
@@ -34,7 +34,7 @@ def test_front_matter_is_valid_yaml(name, output, command):
     sets = ["student.lora.r=4", f"student.lora_output={output}"]
     flags = {"student.path": name, **({"teacher.path": "gpt2-xl"} if command == "distill" else {})}
     card = model_card(
-        resolve(command=command, flags=flags, sets=sets), TrainerState(), {}, task="text-generation", measured_on="x"
+        resolve(command=command, flags=flags, sets=sets), TrainerState(), {}, CardFacts("x"), task="text-generation"
     )
     opening, front, _ = card.split("---\n", 2)
     read = yaml.safe_load(front)
@@ -51,7 +51,7 @@ def front_matter(command, **flags):
     """Return the front matter of a run's card and the card itself."""
     keys = {"student": "student.path", "teacher": "teacher.path", "data": "data.source"}
     resolved = resolve(command=command, flags={keys[name]: value for name, value in flags.items()})
-    card = model_card(resolved, TrainerState(), {}, task="text-generation", measured_on="x")
+    card = model_card(resolved, TrainerState(), {}, CardFacts("x"), task="text-generation")
     return yaml.safe_load(card.split("---\n", 2)[1]), card
 
 
@@ -78,7 +78,7 @@ def test_card_lists_only_hub_datasets(tmp_path):
 @pytest.mark.parametrize(("task", "name"), [("text-generation", "CausalLM"), ("text2text-generation", "Seq2SeqLM")])
 def test_usage_example_is_valid_python(task, name):
     resolved = resolve(command="sft", flags={"student.path": "gpt2"})
-    card = model_card(resolved, TrainerState(), {}, task=task, measured_on="x")
+    card = model_card(resolved, TrainerState(), {}, CardFacts("x"), task=task)
     code = card.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
     assert f"AutoModelFor{name}.from_pretrained(path)" in code
