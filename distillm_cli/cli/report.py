@@ -66,7 +66,7 @@ Card = Annotated[
         rich_help_panel=options.OUTPUT_PANEL,
     ),
 ]
-Rows = Annotated[
+ShownRows = Annotated[
     int,
     typer.Option(
         "--rows",
@@ -99,7 +99,7 @@ def show_report(
     plots: Plots = False,
     card: Card = False,
     output: Place = None,
-    rows: Rows = 4,
+    rows: ShownRows = 4,
     json: options.Json = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,

@@ -24,7 +24,7 @@ from distillm_cli.errors import UsageError
 from distillm_cli.models.model_paths import cached_hub_file
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.machine import machine_title
-from distillm_cli.runs.recorded_run import RecordedRun, Score, model_figures
+from distillm_cli.runs.recorded_run import RecordedRun, RecordedScore, held_out_figures
 from distillm_cli.runs.report import AFTER, TEACHER, ModelReport, model_title
 from distillm_cli.runs.run_groups import metric_title
 from distillm_cli.training.distributed import in_first_process
@@ -49,7 +49,7 @@ class CardFacts:
     measured_on: str
     findings: tuple[Mapping[str, Any], ...] = ()
     energy_j: float | None = None
-    suites: Mapping[str, Score] = field(default_factory=dict)
+    suites: Mapping[str, RecordedScore] = field(default_factory=dict)
     machine: str | None = None
 
 
@@ -129,7 +129,7 @@ def _model_index(title: str, recipe: Recipe, report: Mapping[str, Any], about: C
     return yaml.safe_dump(index, sort_keys=False, allow_unicode=True).splitlines()
 
 
-def _suites_section(suites: Mapping[str, Score]) -> list[str]:
+def _suites_section(suites: Mapping[str, RecordedScore]) -> list[str]:
     if not suites:
         return []
     lines = ["## Evaluations", "", "| suite / settings | metric | score | passes |", "|---|---|---|---|"]
@@ -185,7 +185,7 @@ def updated_card(run: RecordedRun) -> str:
     )
     report = {
         name.replace("_", " "): ModelReport(figures.pop("valid_loss", None), figures, [])
-        for name, figures in model_figures(result).items()
+        for name, figures in held_out_figures(result).items()
     }
     machine = result.get("machine")
     about = CardFacts(

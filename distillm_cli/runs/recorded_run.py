@@ -29,6 +29,7 @@ _HEADER = re.compile(r"^# Written by distillm (\S+) on (.*), (\d{4}-\d\d-\d\d \d
 _COMMAND = re.compile(r"^# Command: (.*)$", re.MULTILINE)
 _SECTION = re.compile(r"^(?=[A-Za-z_])", re.MULTILINE)
 _FIELD = re.compile(r"((?:  )*)(\w+):(?: +(\S.*))?")  # one line of a recipe, as runs write it
+_BLOCKS = ("{", "|", ">", "&", "*", "!")  # first characters of values that may go on in the next line
 _RESULTS = "results.json"
 _AFTER = "student_after"  # key of the result's report
 _THIS_VERSION = distillm_cli.__version__  # read once: it searches the installed packages
@@ -44,7 +45,7 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
-class Score:
+class RecordedScore:
     """Hold a metric of a run: its mean and standard deviation over the seeds of generation. sd: None for one pass."""
 
     mean: float
@@ -63,7 +64,7 @@ class RecordedRun:
     path: Path
     sections: Mapping[str, Mapping[str, Any]]
     result: Mapping[str, Any]
-    scores: Mapping[str, Score]
+    scores: Mapping[str, RecordedScore]
     version: str | None = None
     host: str | None = None
     date: str | None = None
@@ -189,8 +190,8 @@ def _parsed(text: str) -> dict[str, Mapping[str, Any]]:
         if not line or line.startswith("#"):
             continue
         found = _FIELD.fullmatch(line)
-        if found is None or len(found[1]) > 2 * len(names):
-            value = node_value(compose(text, output_dir.RECIPE), output_dir.RECIPE)
+        if found is None or len(found[1]) > 2 * len(names) or (found[3] or "").startswith(_BLOCKS):
+            value = _value(text)
             sections = value.items() if isinstance(value, dict) else ()
             return {name: MappingProxyType(dict(_flat(name, content))) for name, content in sections}
         names = [*names[: len(found[1]) // 2], found[2]]
@@ -237,12 +238,12 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _held_out_scores(result: Mapping[str, Any]) -> dict[str, Score]:
-    figures = model_figures(result).get(_AFTER, {})
-    return {name: Score(value) for name, value in figures.items() if value is not None}
+def _held_out_scores(result: Mapping[str, Any]) -> dict[str, RecordedScore]:
+    figures = held_out_figures(result).get(_AFTER, {})
+    return {name: RecordedScore(value) for name, value in figures.items() if value is not None}
 
 
-def model_figures(result: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+def held_out_figures(result: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
     """Return the figures on held-out rows by model (``student_before``) and metric."""
     report = result.get("report")
     if not isinstance(report, dict):
@@ -254,9 +255,9 @@ def model_figures(result: Mapping[str, Any]) -> dict[str, dict[str, float | None
     }
 
 
-def _suite_scores(place: Path, notes: list[str]) -> dict[str, Score]:
+def _suite_scores(place: Path, notes: list[str]) -> dict[str, RecordedScore]:
     """Return the scores of finished evaluations, by suite, settings and metric."""
-    found: dict[str, Score] = {}
+    found: dict[str, RecordedScore] = {}
     for file in result_files(place):
         saved = _json_object(file)
         if saved is None:
@@ -268,7 +269,9 @@ def _suite_scores(place: Path, notes: list[str]) -> dict[str, Score]:
             if mean is None:
                 continue
             seeds = len(value["seeds"]) if isinstance(value["seeds"], dict) else 1
-            found[f"{label} {metric}"] = Score(mean, finite_number(value.get("sd")) if seeds > 1 else None, seeds)
+            found[f"{label} {metric}"] = RecordedScore(
+                mean, finite_number(value.get("sd")) if seeds > 1 else None, seeds
+            )
     return found
 
 

@@ -19,7 +19,7 @@ from markupsafe import Markup
 import distillm_cli
 from distillm_cli.runs import charts, output_dir
 from distillm_cli.runs.charts import Chart, Point
-from distillm_cli.runs.recorded_run import RecordedRun, finite_number, model_figures, read_metrics
+from distillm_cli.runs.recorded_run import RecordedRun, finite_number, held_out_figures, read_metrics
 from distillm_cli.runs.run_groups import differing_settings, lower_is_better, metric_title
 from distillm_cli.runs.run_results import GroupScore, ReportResult, RunGroup, plain_value
 from distillm_cli.utils.text import (
@@ -133,7 +133,7 @@ def _summary(run: RecordedRun) -> str:
 
 def _tiles(run: RecordedRun) -> list[dict[str, str]]:
     """Return the headline figures: quality after and before training, seconds, tokens."""
-    figures = model_figures(run.result)
+    figures = held_out_figures(run.result)
     after, before, teacher = (figures.get(name, {}) for name in ("student_after", "student_before", "teacher"))
     names = [*[name for name in after if name != "valid_loss"][:2], "valid_loss"]
     tiles = []
@@ -173,7 +173,7 @@ def _problems(run: RecordedRun, lines: Iterable[Mapping[str, Any]]) -> list[dict
 
 
 def _model_table(run: RecordedRun) -> dict[str, Any]:
-    figures = model_figures(run.result)
+    figures = held_out_figures(run.result)
     names = [*(name for name in _MODELS if name in figures), *(name for name in figures if name not in _MODELS)]
     metrics = list(dict.fromkeys(metric for name in names for metric in figures[name]))
     rows = [(name.replace("_", " "), figures[name]) for name in names]
@@ -329,7 +329,7 @@ def chosen_settings(recipe: str) -> list[tuple[str, str, str]]:
             continue
         names = [*names[: len(matched[1]) // 2], matched[2]]
         if matched[3] is not None and matched[4] not in (None, "default"):
-            found.append((".".join(names), matched[3], matched[4]))
+            found.append((".".join(names), matched[3].rstrip(), matched[4]))
     return found
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from distillm_cli.errors import UsageError
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.charts import MISSING_EXTRA
-from distillm_cli.runs.recorded_run import RecordedRun, Unreadable, find_runs, model_figures
+from distillm_cli.runs.recorded_run import RecordedRun, Unreadable, find_runs, held_out_figures
 from distillm_cli.runs.run_groups import best_groups, common_parent, group_runs, lower_is_better, metric_title
 from distillm_cli.runs.run_results import Outcome, ReportResult
 from distillm_cli.training.distributed import in_first_process, world
@@ -91,7 +91,7 @@ def _warn(texts: list[str], what: str, listener: Listener) -> None:
 
 def _outcomes(run: RecordedRun) -> tuple[Outcome, ...]:
     """Return the figures of a run's models, the student before training first."""
-    figures = model_figures(run.result)
+    figures = held_out_figures(run.result)
     order = sorted(figures, key=lambda name: ("before" not in name, name.startswith("teacher"), "sft" not in name))
     return tuple(
         Outcome(

@@ -26,7 +26,6 @@ from distillm_cli.runs.defaults import fitted
 from distillm_cli.runs.machine import machine_of_run, machine_title
 from distillm_cli.runs.mask_stage import LearnMasks
 from distillm_cli.runs.model_card import CardFacts
-from distillm_cli.runs.plan import step_flops, training_flops
 from distillm_cli.runs.preflight import Finding, check_strict, preflight, report_findings
 from distillm_cli.runs.prepare import Prepared, prepare
 from distillm_cli.runs.pretraining import PreTraining
@@ -256,6 +255,8 @@ def _finish(training: _Training, trainer: Trainer, report: Report, listener: Lis
     """Train to the end, restore the best weights, measure the models and publish the student."""
     run = training.run
     output = training.output
+    from distillm_cli.runs.plan import step_flops, training_flops  # imports what is not needed before the first step
+
     flops = step_flops(run)
     state = trainer.train()
     if trainer.checkpoints is not None and state.best_step not in (None, state.step):
