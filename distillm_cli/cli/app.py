@@ -26,6 +26,7 @@ from distillm_cli.cli.methods import methods_app
 from distillm_cli.cli.pilot import pilot
 from distillm_cli.cli.plan import plan
 from distillm_cli.cli.recipes import recipes_app, schema
+from distillm_cli.cli.report import show_report
 from distillm_cli.cli.run import run_stages
 from distillm_cli.cli.serve import serve
 from distillm_cli.cli.streams import muted, open_streams, print_error, report
@@ -66,7 +67,20 @@ app = typer.Typer(
         "for a in 0.0 0.1 0.3; do distillm distill --recipe quickstart --alpha $a --output runs/a$a --json; done",
     ),
 )
-for _command in (sft, generate, distill, eval_checkpoints, run_stages, plan, pilot, serve, schema, explain_field, env):
+for _command in (
+    sft,
+    generate,
+    distill,
+    eval_checkpoints,
+    run_stages,
+    plan,
+    pilot,
+    show_report,
+    serve,
+    schema,
+    explain_field,
+    env,
+):
     app.command(_command.name, cls=options.PlainCommand, rich_help_panel=_command.panel, epilog=_command.epilog)(
         _command.run
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
@@ -14,8 +12,6 @@ from distillm_cli.cli import options
 from distillm_cli.cli.options import command
 from distillm_cli.cli.streams import write_stdout
 from distillm_cli.errors import UsageError
-
-_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "safetensors", "typer", "rich")
 
 FieldName = Annotated[
     str,
@@ -31,7 +27,9 @@ FieldName = Annotated[
 @command("env", panel=options.OTHER_COMMANDS, examples=("distillm env", "distillm env --json"))
 def env(as_json: options.Json = False, debug: options.Debug = False) -> None:
     """Print versions and devices for a bug report."""
-    found = {"distillm": distillm_cli.__version__, **_environment()}
+    from distillm_cli.runs.machine import environment
+
+    found = {"distillm": distillm_cli.__version__, **environment()}
     if as_json:
         print(json.dumps({"command": "env", "status": "ok", **found}))
         return
@@ -55,24 +53,6 @@ def explain_field(name: FieldName, as_json: options.Json = False, debug: options
         if found[key]:
             lines.append(f"  {key.replace('_', ' '):<12} {found[key]}")
     write_stdout("\n".join(lines) + "\n")
-
-
-def _environment() -> dict[str, str]:
-    """Return the versions of Python, the system and the libraries, and the devices that torch finds."""
-    found = {"python": platform.python_version(), "system": platform.platform(), "machine": platform.machine()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    try:
-        import torch
-    except (ImportError, OSError) as error:  # OSError: a library that cannot be loaded
-        return found | {"devices": f"torch cannot be imported: {error}"}
-    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        names.append("mps")
-    return found | {"cuda": torch.version.cuda or "none", "devices": ", ".join(["cpu", *names])}
 
 
 def _field(name: str) -> dict[str, Any]:

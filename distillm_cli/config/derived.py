@@ -137,6 +137,7 @@ def baseline_recipes(
     common |= {"student.sft_epochs": (0.0, origin), "student.sft_lr": (None, origin)}
     common |= {"student.ptp": (0.0, origin), "student.ptp_lr": (None, origin)}
     common["data.mixup"] = (0.0, origin)
+    common["eval.report_page"] = (False, origin)
     for name in ("by_source", "curriculum", "policy_gradient", "row_weight", "input_gradient", "hidden"):
         common[f"objective.{name}"] = (getattr(default, name), origin)
     for name in ("eval_steps", "save_steps"):  # as often as in the run

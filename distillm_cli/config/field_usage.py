@@ -53,7 +53,10 @@ _INFERENCE_FIELDS = (
 )  # fmt: skip
 _USED_WITHOUT_TRAINING = {
     "generate": (*_INFERENCE_FIELDS, *SAMPLING, "eval.batch_size", "data.size", "data.valid_limit"),
-    "eval": (*_INFERENCE_FIELDS, *(f"eval.{name}" for name in EvalConfig.model_fields if name != "report_rows")),
+    "eval": (
+        *_INFERENCE_FIELDS,
+        *(f"eval.{name}" for name in EvalConfig.model_fields if name not in ("report_rows", "report_page")),
+    ),
 }
 _HELD_OUT_FIELDS = (
     "data.source",

@@ -626,6 +626,11 @@ class EvalConfig(Section):
     report_rows: Count = Field(
         100, description="Number of held-out rows on which student and teacher are scored at the end of a run. 0: none."
     )
+    report_page: bool = Field(
+        False,
+        description="Write report.html, the page of `distillm report`, at the end of a run. Its charts need the extra "
+        "`report`. The models are loaded again.",
+    )
 
     @model_validator(mode="after")
     def _check_trigger(self) -> EvalConfig:

@@ -160,7 +160,9 @@ def load_summary(directory: Path, head: Mapping[str, Any], files: Iterable[str] 
 
 def _head(suite: Suite, config: schema.EvalConfig, template: str, about: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the first keys of ``results.json``: the suite, ``about``, and all settings that affect the responses."""
-    unused = {"suites", "report_rows", "batch_size"} | ({"trigger", "target"} if config.trigger is None else set())
+    unused = {"suites", "report_rows", "report_page", "batch_size"} | (
+        {"trigger", "target"} if config.trigger is None else set()
+    )
     if config.attack == "none":
         unused |= {"attack", "attack_radius", "attack_steps"}
     settings = config.model_dump(mode="json", exclude=unused)

@@ -16,6 +16,7 @@ from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.run_results import Baseline, Outcome, TrainResult, TrainSummary
 from distillm_cli.runs.start import TrainOptions, start_training
+from distillm_cli.runs.train import write_page
 from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note
 from distillm_cli.utils.text import format_duration
@@ -44,6 +45,7 @@ def compare(resolved: Resolved, result: TrainResult, listener: Listener, options
         baselines.append(Baseline(name, str(place), trained.steps, trained.train_s, figures))
     result = replace(result, baselines=tuple(baselines), summary=_with_baselines(result, baselines))
     output_dir.write_result(result.output, result.as_json())
+    write_page(resolved.recipe, result.output, listener)  # again, with the baselines
     return result
 
 

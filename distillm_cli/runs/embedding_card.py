@@ -13,7 +13,7 @@ from distillm_cli.config.load import Resolved
 from distillm_cli.config.yaml_io import text_of
 from distillm_cli.models.sentence import SentenceEncoder
 from distillm_cli.runs import output_dir
-from distillm_cli.runs.publish import front_matter
+from distillm_cli.runs.model_card import front_matter
 from distillm_cli.training.distributed import in_first_process
 from distillm_cli.training.state import TrainerState
 from distillm_cli.utils.storage import storing

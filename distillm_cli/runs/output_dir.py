@@ -44,6 +44,7 @@ EVAL = "eval"
 _RESULTS = "results.json"  # of an evaluation
 TEMPLATES = "additional_chat_templates"  # of tokenizers that have several
 CARD = "README.md"
+REPORT = "report.html"
 RESULT = "result.json"  # of a training: the object of ``--json``
 COMPARE = "compare"  # the baselines, each an output directory
 TRAINED_TEACHER = "teacher"  # a teacher that the run trained
@@ -64,7 +65,7 @@ MODEL_FILES = (
 SENTENCE_FOLDERS = ("1_Pooling", "2_Dense", "2_Normalize", "3_Normalize")  # of sentence-transformers
 # Files that a run would replace. If one of them exists and no manifest lists it, a run does not write to the directory.
 _REPLACED = (
-    RECIPE, METRICS, CARD, RESULT, manifest.MANIFEST, *MODEL_FILES, f"{CHECKPOINTS}/step-*", f"{EVAL}/report/*.json",
+    RECIPE, METRICS, CARD, RESULT, REPORT, manifest.MANIFEST, *MODEL_FILES, f"{CHECKPOINTS}/step-*", f"{EVAL}/report/*.json",
     f"{TEMPLATES}/*.jinja", *(f"{name}/*" for name in SENTENCE_FOLDERS),
 )  # fmt: skip
 _FOLDERS = (CHECKPOINTS, EVAL, TEMPLATES, *SENTENCE_FOLDERS)

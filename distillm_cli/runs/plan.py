@@ -136,6 +136,22 @@ def memory_estimate(run: Prepared) -> int:
     return costs.peak_memory(costs.memory(workload), workload.device)
 
 
+def step_flops(run: Prepared) -> dict[str, float]:
+    """Return the estimated FLOPs of a step by source, of all processes together."""
+    workload, _ = _prepared_workload(run, 1)
+    return {source: gpus.flops(work) for source, work in costs.step_work(workload).items()}
+
+
+def training_flops(by_source: Mapping[str, float], steps: Mapping[str, int], steps_per_epoch: int) -> float:
+    """Return the FLOPs of a run. steps: by source. The teacher runs on data set rows once if its states are cached."""
+    total = 0.0
+    for source, count in steps.items():
+        cached = by_source.get(f"{source}_cached")
+        fresh = count if cached is None else min(count, steps_per_epoch)
+        total += fresh * by_source.get(source, 0.0) + (count - fresh) * (cached or 0.0)
+    return total
+
+
 def _prepared_workload(run: Prepared, processes: int) -> tuple[costs.Workload, CachePlan | None]:
     """Return the work of a run without the stages before it, and the plan of its teacher cache."""
     teacher = None if run.pair.teacher is None else run.pair.teacher.model

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from distillm_cli.training.events import Event
+from distillm_cli.utils.text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -98,6 +99,7 @@ class TrainResult:
 
     report: ``valid_loss`` and scores by model ("student_after", "teacher", …). teacher_cache, teacher_tokens: None
     without a teacher. baselines: of ``--compare``. findings: of the checks before the first step, empty after a resume.
+    flops: estimate for the steps. energy_j: of the processors in J, with the stages before; None without counters.
     """
 
     command: str
@@ -126,6 +128,9 @@ class TrainResult:
     teacher_tokens: int | None = None
     baselines: tuple[Baseline, ...] = ()
     findings: tuple[Mapping[str, str], ...] = ()
+    flops: float | None = None
+    energy_j: float | None = None
+    machine: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def samples(self) -> tuple[Sample, ...]:
@@ -158,6 +163,7 @@ class TrainResult:
         for item in fields(self):
             if item.name not in found and item.name not in left_out:
                 found[item.name] = getattr(self, item.name)
+        found["measured_on"] = self.summary.measured_on
         if self.baselines:
             found["baselines"] = [asdict(baseline) for baseline in self.baselines]
         return found
@@ -247,6 +253,107 @@ class GenerateResult:
         """Return the object of ``--json``."""
         found = {"command": "generate", "status": "ok"}
         return found | {item.name: getattr(self, item.name) for item in fields(self) if item.name != "responses"}
+
+
+@dataclass(frozen=True, slots=True)
+class GroupScore:
+    """Hold a metric of runs that differ in their seed. sd: sample standard deviation over them; None for one run."""
+
+    mean: float
+    sd: float | None
+    runs: int
+
+    @property
+    def text(self) -> str:
+        """Return the mean ± the standard deviation, with three decimals below 10 and two above."""
+        digits = 2 if abs(self.mean) >= 10 else 3
+        return f"{self.mean:.{digits}f}" + ("" if self.sd is None else f" ± {self.sd:.{digits}f}")
+
+
+def plain_value(value: object) -> str:
+    """Return a setting as it is written in a command: lists with commas, booleans in lower case."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ",".join(map(plain_value, value))
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))
+
+
+@dataclass(frozen=True, slots=True)
+class RunGroup:
+    """Hold runs that differ in their seed alone. settings: those that differ from other groups. seconds, tokens_per_s,
+    rollouts (share of steps on student outputs): means over the runs. unfinished: how many runs are.
+    """
+
+    names: tuple[str, ...]
+    paths: tuple[str, ...]
+    seeds: tuple[object, ...]
+    settings: Mapping[str, object]
+    scores: Mapping[str, GroupScore]
+    seconds: float | None
+    tokens_per_s: float | None
+    rollouts: float | None
+    unfinished: int = 0
+
+    @property
+    def title(self) -> str:
+        """Return the name of the first run, and the number of others."""
+        return self.names[0] + (f" + {len(self.names) - 1}" if len(self.names) > 1 else "")
+
+    def setting_text(self, key: str) -> str:
+        """Return a setting as it is written in a command."""
+        return plain_value(self.settings[key])
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """Hold the result of ``report``. settings: names of those that differ. titles, best: headings and indices of the best
+    groups, by metric. outcomes: the models of the run, if there is only one.
+
+    skipped: path and reason of what is not a run. notes: path and note of runs that are incomplete. written: files.
+    """
+
+    settings: tuple[str, ...]
+    metrics: tuple[str, ...]
+    groups: tuple[RunGroup, ...]
+    titles: Mapping[str, str]
+    best: Mapping[str, frozenset[int]]
+    lower_is_better: frozenset[str]
+    skipped: tuple[tuple[str, str], ...]
+    notes: tuple[tuple[str, str], ...]
+    written: tuple[str, ...]
+    wall_s: float
+    outcomes: tuple[Outcome, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object of ``--json``."""
+        groups = [
+            {
+                "runs": list(group.paths),
+                "seeds": list(group.seeds),
+                "settings": dict(group.settings),
+                "scores": {name: asdict(score) for name, score in group.scores.items()},
+                "best": [name for name in self.metrics if i in self.best[name]],
+                "seconds": group.seconds,
+                "tokens_per_s": group.tokens_per_s,
+                "rollouts": group.rollouts,
+                "unfinished": group.unfinished,
+            }
+            for i, group in enumerate(self.groups)
+        ]
+        return {
+            "command": "report",
+            "status": "ok",
+            "settings": list(self.settings),
+            "metrics": list(self.metrics),
+            "groups": groups,
+            "skipped": [{"path": path, "reason": why} for path, why in self.skipped],
+            "notes": [{"path": path, "note": note} for path, note in self.notes],
+            "written": list(self.written),
+            "wall_s": self.wall_s,
+        }
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ _BLOCKS = 64
 _BLOCK_BYTES = 1 << 16
 
 _SHAPING = {"generate": (*SAMPLING, "student.dtype"), "eval": ("student.dtype",)}
-_NOT_SHAPING = ("data.workers", "eval.report_rows", "eval.batch_size")
+_NOT_SHAPING = ("data.workers", "eval.report_rows", "eval.report_page", "eval.batch_size")
 
 
 @dataclass(frozen=True)

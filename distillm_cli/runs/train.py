@@ -11,6 +11,7 @@ from pathlib import Path
 
 from distillm_cli.config.derived import sft_stage_recipe
 from distillm_cli.config.load import Resolved, to_yaml, with_resolved_values
+from distillm_cli.config.schema import Recipe
 from distillm_cli.data.conversations import content_text
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
@@ -22,7 +23,9 @@ from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
 from distillm_cli.runs.cache_planning import TeacherHandle, check_rows, open_teacher
 from distillm_cli.runs.defaults import fitted
+from distillm_cli.runs.machine import machine_of_run, machine_title
 from distillm_cli.runs.mask_stage import LearnMasks
+from distillm_cli.runs.model_card import CardFacts
 from distillm_cli.runs.preflight import Finding, check_strict, preflight, report_findings
 from distillm_cli.runs.prepare import Prepared, prepare
 from distillm_cli.runs.pretraining import PreTraining
@@ -70,6 +73,7 @@ from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.training.state import TrainerState
 from distillm_cli.training.trainer import Trainer
+from distillm_cli.utils.energy import EnergyMeter
 from distillm_cli.utils.memory import keep_freed_memory
 from distillm_cli.utils.signals import received_signal
 from distillm_cli.utils.text import counted, format_bytes
@@ -80,6 +84,7 @@ class _Training:
     """Hold the objects of a training that is ready to start: of a run, or of the fine-tuning stage before it.
 
     checkpoint: to resume from. started: start of the command, by ``time.perf_counter``. findings: of the checks before it.
+    energy: meter of the command.
     """
 
     command: str
@@ -90,6 +95,7 @@ class _Training:
     teacher: TeacherHandle | None
     started: float
     findings: SequenceOf[Finding] = ()
+    energy: EnergyMeter | None = None
 
 
 class FineTuning(PriorStage):
@@ -144,7 +150,9 @@ def train(
     if resolved.recipe.disco.enabled:
         from distillm_cli.runs.embeddings import train_embeddings
 
-        return train_embeddings(command, resolved, output, listener, options, on_ready)
+        result = train_embeddings(command, resolved, output, listener, options, on_ready)
+        write_page(resolved.recipe, output, listener)
+        return result
     started = time.perf_counter()
     if options.resume:
         resolved = with_recorded_values(resolved, output)
@@ -182,13 +190,23 @@ def train(
     stages = stages_of(resolved, PRIOR_STAGES)  # with the values that were chosen while the run was prepared
     output_dir.write_recipe(output, to_yaml(resolved), stages=[stage.name for stage in stages])
     try:
-        run = run_prior_stages(run, stages, resolved, output, checkpoints, teacher, listener)
-        training = _Training(command, run, resolved, output, checkpoints.run, teacher, started, findings)
-        result = _train(training, listener)
+        with EnergyMeter() as energy:
+            run = run_prior_stages(run, stages, resolved, output, checkpoints, teacher, listener)
+            training = _Training(command, run, resolved, output, checkpoints.run, teacher, started, findings, energy)
+            result = _train(training, listener)
         report_checkpoints(output, resolved.recipe.train.keep, listener)
+        write_page(resolved.recipe, output, listener)
         return result
     except KeyboardInterrupt as stop:
         raise interrupted(output, stop) from None
+
+
+def write_page(recipe: Recipe, output: Path, listener: Listener) -> None:
+    """Write the page of a finished run, if the recipe asks for it (``eval.report_page``)."""
+    if recipe.eval.report_page:
+        from distillm_cli.runs.report_runs import write_run_page
+
+        write_run_page(output, listener)
 
 
 def _check_teacher_directory(resolved: Resolved, output: Path) -> None:
@@ -237,6 +255,9 @@ def _finish(training: _Training, trainer: Trainer, report: Report, listener: Lis
     """Train to the end, restore the best weights, measure the models and publish the student."""
     run = training.run
     output = training.output
+    from distillm_cli.runs.plan import step_flops, training_flops  # imports what is not needed before the first step
+
+    flops = step_flops(run)
     state = trainer.train()
     if trainer.checkpoints is not None and state.best_step not in (None, state.step):
         best = read_checkpoint(trainer.checkpoints.path(state.best_step))
@@ -246,9 +267,19 @@ def _finish(training: _Training, trainer: Trainer, report: Report, listener: Lis
         figure = f"the best {run.recipe.train.select} was {state.best:.4g}, at step {state.best_step}"
         listener(Note(f"{figure}: using these weights"))
     models = report.all(trainer)
-    publish_model(run, output, training.resolved, state, models, report.measured_on, trainer.student_loss.export_extras)
+    machine = machine_of_run(str(run.device))
+    energy = None if training.energy is None else training.energy.joules()
+    findings = tuple(finding.as_json() for finding in training.findings)
+    about = CardFacts(report.measured_on, findings, energy, machine=machine_title(machine))
+    publish_model(run, output, training.resolved, state, models, about, trainer.student_loss.export_extras)
     summary = _summary(run, state, models, report.measured_on)
     result = _result(training, trainer, state, models, summary)
+    result = replace(
+        result,
+        flops=training_flops(flops, state.sources, run.order.steps_per_epoch),
+        energy_j=None if training.energy is None else training.energy.joules(),
+        machine=machine,
+    )
     output_dir.write_result(output, result.as_json())
     return result
 

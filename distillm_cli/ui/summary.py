@@ -425,6 +425,7 @@ OUTPUT_FILES = {
     "figures": "metrics.jsonl",
     "result": "result.json",
     "checkpoints": "checkpoints/",
+    "report": "report.html",
 }
 
 

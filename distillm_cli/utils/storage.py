@@ -94,11 +94,11 @@ def reason(error: BaseException) -> str:
 # --- writing --------------------------------------------------------------------------------------------------------
 
 
-def atomic_write(path: Path, text: str) -> None:
+def atomic_write(path: Path, content: str | bytes) -> None:
     """Write a file atomically and flush it: it is complete or absent if the process is killed. Raises OSError."""
     staged = path.with_name(f"{STAGING}{path.name}")
     try:
-        staged.write_text(text, encoding="utf-8")
+        staged.write_bytes(content if isinstance(content, bytes) else content.encode())
         flush(staged)
         staged.replace(path)
     except OSError as error:

@@ -81,7 +81,7 @@ def test_help_lists_commands_and_examples(run):
     assert code == 0
     for verb in VERBS:
         assert f"│ {verb} " in out
-    assert "│ report " not in out
+    assert "│ report " in out
     text = " ".join(out.split())
     assert "distillm distill --teacher gpt2-xl --student gpt2 --alpha 0.1" in text
     assert "distillm eval ckpt/ --suite dolly" in text
