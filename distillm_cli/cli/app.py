@@ -19,6 +19,7 @@ from typer.main import get_command
 
 from distillm_cli import plugins
 from distillm_cli.cli import options
+from distillm_cli.cli.chat import chat
 from distillm_cli.cli.eval import eval_checkpoints
 from distillm_cli.cli.generate import generate
 from distillm_cli.cli.info import env, explain_field
@@ -30,6 +31,7 @@ from distillm_cli.cli.serve import serve
 from distillm_cli.cli.streams import muted, open_streams, print_error, report
 from distillm_cli.cli.train import distill, sft
 from distillm_cli.cli.usage import UsageProblem, explained
+from distillm_cli.cli.watch import watch
 from distillm_cli.errors import (
     DistillmError,
     Interrupted,
@@ -65,7 +67,20 @@ app = typer.Typer(
         "for a in 0.0 0.1 0.3; do distillm distill --recipe quickstart --alpha $a --output runs/a$a --json; done",
     ),
 )
-for _command in (sft, generate, distill, eval_checkpoints, run_stages, plan, serve, schema, explain_field, env):
+for _command in (
+    sft,
+    generate,
+    distill,
+    eval_checkpoints,
+    run_stages,
+    plan,
+    watch,
+    chat,
+    serve,
+    schema,
+    explain_field,
+    env,
+):
     app.command(_command.name, cls=options.PlainCommand, rich_help_panel=_command.panel, epilog=_command.epilog)(
         _command.run
     )
