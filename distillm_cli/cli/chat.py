@@ -130,8 +130,7 @@ def _answer(session: ChatSession, text: str) -> None:
     terminal = Terminal(file=sys.stdout)
     answers: dict[str, str] = {}
     if not terminal.is_interactive:
-        for answers in session.answer(text):
-            pass
+        *_, answers = session.answer(text)
         write_stdout(answer_lines(answers))
         sys.stdout.flush()
         return

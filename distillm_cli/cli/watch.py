@@ -39,7 +39,9 @@ Once = Annotated[
     panel=options.OTHER_COMMANDS,
     examples=("distillm watch runs/small", "distillm watch runs/small --once", "distillm watch runs/small --json"),
 )
-def watch(directory: RunDirectory, once: Once = False, json: options.Json = False, debug: options.Debug = False) -> None:
+def watch(
+    directory: RunDirectory, once: Once = False, json: options.Json = False, debug: options.Debug = False
+) -> None:
     """Show a run from another terminal: progress, losses, sources, checkpoints, alarms, and the scores at the end.
 
     The display ends when the run ends, or with Ctrl-C, which does not affect the run. A run that has finished, was

@@ -124,7 +124,9 @@ def open_session(
     participants = [_participant("student" if teacher else "model", student, recipe, listener)]
     if teacher is not None:
         own_dtype = recipe.student.model_copy(update={"dtype": recipe.teacher.dtype})
-        participants.append(_participant("teacher", teacher, recipe.model_copy(update={"student": own_dtype}), listener))
+        participants.append(
+            _participant("teacher", teacher, recipe.model_copy(update={"student": own_dtype}), listener)
+        )
     rollout = recipe.rollout
     sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
     return ChatSession(participants, sampling, recipe.train.seed, system)
@@ -143,7 +145,11 @@ def _participant(name: str, path: str, recipe: Recipe, listener: Listener) -> Pa
 # Commands of a conversation: name, arguments, description.
 COMMANDS = (
     ("/reset", "", "forget the conversation"),
-    ("/system", "TEXT", "set the system message; without a chat template, the instruction to which messages are the input"),
+    (
+        "/system",
+        "TEXT",
+        "set the system message; without a chat template, the instruction to which messages are the input",
+    ),
     ("/temperature", "T", "set the temperature; 0 is greedy"),
     ("/max-tokens", "N", "set the largest number of tokens of an answer"),
     ("/help", "", "list the commands"),
@@ -181,5 +187,7 @@ def _number(name: str, text: str, kind: type, is_valid: Callable[[Any], bool], e
     except ValueError:
         value = None
     if value is None or not is_valid(value):
-        raise UsageError("usage.invalid_value", f"{name} = {text}" if text else f"{name} alone", where=f"expected {expected}")
+        raise UsageError(
+            "usage.invalid_value", f"{name} = {text}" if text else f"{name} alone", where=f"expected {expected}"
+        )
     return value

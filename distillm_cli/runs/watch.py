@@ -286,10 +286,9 @@ def _started(recipe: Mapping[str, Any], events: list[Event]) -> RunStarted:
     if last is not None:
         steps_per_epoch = round(last.step / last.epoch)
     train = _section(recipe, "train")
-    epochs = train.get("epochs")
     steps = train.get("steps")
-    if not steps and steps_per_epoch and _is_number(epochs):
-        steps = max(1, math.ceil(epochs * steps_per_epoch))
+    if not steps and steps_per_epoch and _is_number(train.get("epochs")):
+        steps = max(1, math.ceil(float(train["epochs"]) * steps_per_epoch))
     kind = SCHEDULE.members.get(str(_section(recipe, "schedule").get("kind")))
     divergence = _section(recipe, "objective").get("divergence")
     is_sft = method == "sft"
