@@ -9,8 +9,10 @@ Each run is the quickstart recipe with another method and few steps. The reports
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from distillm_cli.cli.app import main as distillm
@@ -26,8 +28,10 @@ SHARED = ["--recipe", "quickstart", "--quiet", *(word for field in SETTINGS for 
 
 
 def call(*argv: str) -> None:
-    """Run a command of ``distillm``. Exit with its code if it fails."""
-    if code := distillm(list(argv)):
+    """Run a command of ``distillm`` without its results. Exit with its code if it fails."""
+    with redirect_stdout(io.StringIO()):
+        code = distillm(list(argv))
+    if code:
         print(f"make_gallery: `distillm {' '.join(argv)}` ended with exit code {code}", file=sys.stderr)
         raise SystemExit(code)
 
