@@ -2,8 +2,8 @@
 
 python docs/make_gallery.py [--site build/site] [--steps N] [--work DIR]
 
-Each run is the quickstart recipe with another method and few steps. The reports are those of ``distillm report``. Run it after
-``zensical build``, which empties the site. docs/gallery.md is the page that links to the reports.
+Each run is the quickstart recipe with another method and few steps. The reports are those of ``distillm report``. Run it
+after ``zensical build``, which empties the site. docs/gallery.md is the page that links to the reports.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from distillm_cli.cli.app import main as distillm
 # Name of each run, with its own options.
 RUNS = {
     "kd": ["--method", "kd"],
-    "auto": ["--divergence", "kl", "--schedule", "auto"],
+    "mixed": ["--divergence", "kl", "--schedule", "mixed"],
     "ab": ["--method", "ab"],
 }
-SETTINGS = ["student.sft_epochs=2", "train.eval_steps=20", "train.log_steps=1", "train.keep=0", "eval.report_rows=40"]
+SETTINGS = ["student.sft_epochs=2", "train.eval_steps=20", "train.log_steps=1", "train.keep=0", "data.valid_limit=40"]
 SHARED = ["--recipe", "quickstart", "--quiet", *(word for field in SETTINGS for word in ("--set", field))]
 
 
@@ -48,7 +48,7 @@ def make_gallery(site: Path, runs: Path, steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--site", type=Path, default=Path("build/site"))
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--work", type=Path, help="directory for the runs [default: a temporary one]")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
