@@ -2,8 +2,8 @@
 
 python docs/make_picture.py [--steps N] > docs/images/run.svg
 
-The picture has the command, the live display when 60 % of the steps are done, and the outcome. It refers to no font or file
-on the network.
+The picture has the command, the live display when 60 % of the steps are done, the outcome and a sample. It refers to no font
+or file on the network. Times are those of the machine: run it on an idle one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from distillm_cli.api import resolve_training, train_recipe
 from distillm_cli.runs.start import TrainOptions
 from distillm_cli.training.events import Event, RunEnded, RunStarted, Stepped
 from distillm_cli.ui.console import Console, Terminal, console
-from distillm_cli.ui.summary import train_summary
+from distillm_cli.ui.summary import outcome_tables, samples_table, sources_sentence
 
 WIDTH = 88
 OUTPUT = "runs/quickstart"
@@ -65,8 +65,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory, console(stderr=terminal(record=False)) as display:
         recorder = Recorder(display, picture, resolved.recipe.method)
         result = train_recipe("distill", resolved, str(Path(directory) / "run"), recorder, TrainOptions(), "quickstart")
-        for item in train_summary(result):
-            picture.print(item, highlight=False)
+        summary = result.summary
+        for item in (*outcome_tables(summary), samples_table(summary.samples[:1])):
+            picture.print(item)
+        picture.print(sources_sentence(summary.sources, summary.phi_history), highlight=False)
     svg = picture.export_svg(title="distillm", unique_id="run")
     svg = re.sub(r"@font-face \{.*?\}\s*", "", svg, flags=re.DOTALL).replace("Fira Code, monospace", "monospace")
     sys.stdout.write("\n".join(line.rstrip() for line in svg.splitlines()) + "\n")
