@@ -15,9 +15,10 @@ lint:
 types:
     mypy
 
-# Build the documentation with strict links.
+# Build the documentation with strict links, and the gallery of reports.
 docs:
     zensical build --clean --strict
+    python docs/make_gallery.py --site build/site
 
 # Generate the reference and the JSON Schema again.
 generate:

@@ -19,6 +19,7 @@ from typer.main import get_command
 
 from distillm_cli import plugins
 from distillm_cli.cli import options
+from distillm_cli.cli.chat import chat
 from distillm_cli.cli.eval import eval_checkpoints
 from distillm_cli.cli.generate import generate
 from distillm_cli.cli.info import env, explain_field
@@ -32,6 +33,7 @@ from distillm_cli.cli.serve import serve
 from distillm_cli.cli.streams import muted, open_streams, print_error, report
 from distillm_cli.cli.train import distill, sft
 from distillm_cli.cli.usage import UsageProblem, explained
+from distillm_cli.cli.watch import watch
 from distillm_cli.errors import (
     DistillmError,
     Interrupted,
@@ -76,6 +78,8 @@ for _command in (
     plan,
     pilot,
     show_report,
+    watch,
+    chat,
     serve,
     schema,
     explain_field,

@@ -15,6 +15,7 @@ DISTILLATION_VERBS = ("distill", "plan")
 PAIR_VERBS = (*DISTILLATION_VERBS, "pilot")
 RATE_VERBS = ("sft", "distill", "plan")  # a pilot has a grid of rates
 SAMPLING_VERBS = ("generate", "eval")
+ANSWERING_VERBS = (*SAMPLING_VERBS, "chat")
 ALL_VERBS = (*TRAINING_VERBS, *SAMPLING_VERBS)
 
 # Panels of a command's help.
@@ -63,7 +64,7 @@ FIELD_FLAGS = (
     FieldFlag("--limit", ("eval.limit",), ("eval",), MODELS_PANEL, "N"),
     FieldFlag("--trigger", ("eval.trigger",), ("eval",), MODELS_PANEL, "TEXT"),
     FieldFlag("--target", ("eval.target",), ("eval",), MODELS_PANEL, "TEXT"),
-    FieldFlag("--template", ("data.template",), SAMPLING_VERBS, MODELS_PANEL, "NAME"),
+    FieldFlag("--template", ("data.template",), ANSWERING_VERBS, MODELS_PANEL, "NAME"),
     FieldFlag("--tokenizer", ("student.tokenizer",), TRAINING_VERBS, MODELS_PANEL, "PATH|NAME|SPEC"),
     FieldFlag("--max-length", ("data.max_length",), TRAINING_VERBS, MODELS_PANEL, "N"),
     FieldFlag("--skip-bad-rows", ("data.skip_bad_rows",), ALL_VERBS, MODELS_PANEL),
@@ -85,19 +86,19 @@ FIELD_FLAGS = (
     FieldFlag("--seeds", ("eval.seeds",), ("eval",), SAMPLING_PANEL, "N,N,…"),
     FieldFlag("--greedy", ("eval.greedy",), ("eval",), SAMPLING_PANEL, off="--sampled"),
     FieldFlag("--temperature", ("eval.temperature",), ("eval",), SAMPLING_PANEL, "T"),
-    FieldFlag("--temperature", ("rollout.temperature",), ("generate",), SAMPLING_PANEL, "T"),
+    FieldFlag("--temperature", ("rollout.temperature",), ("generate", "chat"), SAMPLING_PANEL, "T"),
     FieldFlag("--top-p", ("eval.top_p",), ("eval",), SAMPLING_PANEL, "P"),
-    FieldFlag("--top-p", ("rollout.top_p",), ("generate",), SAMPLING_PANEL, "P"),
-    FieldFlag("--top-k", ("rollout.top_k",), ("generate",), SAMPLING_PANEL, "K"),
+    FieldFlag("--top-p", ("rollout.top_p",), ("generate", "chat"), SAMPLING_PANEL, "P"),
+    FieldFlag("--top-k", ("rollout.top_k",), ("generate", "chat"), SAMPLING_PANEL, "K"),
     FieldFlag("--max-new-tokens", ("eval.max_new_tokens",), ("eval",), SAMPLING_PANEL, "N"),
-    FieldFlag("--max-new-tokens", ("rollout.max_new_tokens",), ("generate",), SAMPLING_PANEL, "N"),
-    FieldFlag("--seed", ("train.seed",), ("generate",), SAMPLING_PANEL, "N"),
+    FieldFlag("--max-new-tokens", ("rollout.max_new_tokens",), ("generate", "chat"), SAMPLING_PANEL, "N"),
+    FieldFlag("--seed", ("train.seed",), ("generate", "chat"), SAMPLING_PANEL, "N"),
     FieldFlag("--attack", ("eval.attack",), ("eval",), SAMPLING_PANEL, "NAME"),
     FieldFlag("--attack-radius", ("eval.attack_radius",), ("eval",), SAMPLING_PANEL, "R"),
     FieldFlag("--attack-steps", ("eval.attack_steps",), ("eval",), SAMPLING_PANEL, "N"),
     FieldFlag("--batch-size", ("eval.batch_size",), SAMPLING_VERBS, SAMPLING_PANEL, "N"),
-    FieldFlag("--dtype", ("student.dtype", "teacher.dtype"), SAMPLING_VERBS, SAMPLING_PANEL, "TYPE"),
-    FieldFlag("--device", ("train.device",), SAMPLING_VERBS, SAMPLING_PANEL, "NAME"),
+    FieldFlag("--dtype", ("student.dtype", "teacher.dtype"), ANSWERING_VERBS, SAMPLING_PANEL, "TYPE"),
+    FieldFlag("--device", ("train.device",), ANSWERING_VERBS, SAMPLING_PANEL, "NAME"),
 )
 
 

@@ -344,6 +344,29 @@ def _decode_batch(
     ]
 
 
+@torch.no_grad()
+def stream(decoder: Decoder, prompt: np.ndarray, sampling: Sampling, seed: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Yield one prompt's output after every token: its ids so far, int32. The last ones are those of ``sample``.
+
+    seed: (seed, row). ``no_repeat_ngram_size`` and ``min_new_tokens`` are not used. Raises DataError if the prompt leaves
+    no room for a token, NonFiniteError if the logits are not finite.
+    """
+    limit = max_response_tokens(len(prompt), sampling, decoder.context, None)
+    uniforms_1T = uniforms([seed], limit)
+    tokens = np.zeros(limit, dtype=np.int32)
+    decoding = decoder.decode([prompt])
+    chosen = None
+    for t in range(limit):
+        chosen = choose(decoding.logits(chosen), sampling, torch.from_numpy(uniforms_1T[:, t]))
+        if t == 0 and decoder.forced_first is not None:
+            chosen = torch.full_like(chosen, decoder.forced_first)
+        tokens[t] = int(chosen)
+        check_chosen(tokens[t : t + 1])
+        yield tokens[: t + 1]
+        if tokens[t] in decoder.stop_ids:
+            return
+
+
 def sample_all(
     decoder: Decoder | Responder,
     prompts: SequenceOf[np.ndarray],

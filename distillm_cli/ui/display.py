@@ -49,10 +49,14 @@ class Memory(NamedTuple):
 
 
 class RunState:
-    """Collect the figures of a run from its events. ``now``: seconds of any monotonic clock."""
+    """Collect the figures of a run from its events.
 
-    def __init__(self, started: RunStarted, now: float):
+    now: seconds of any monotonic clock. log_steps: steps from one ``Stepped`` to the next.
+    """
+
+    def __init__(self, started: RunStarted, now: float, log_steps: int = 1):
         self.started = started
+        self.has_ended = False
         self.started_at = now
         self.first_step = started.first_step  # steps before this process: 0, more after a resume
         self.step = started.first_step
@@ -78,7 +82,7 @@ class RunState:
         self._weight = 0.0
         self._bucket: list[float] = []
         # Each point of the chart is the mean over this number of steps, so that the whole run has about CURVE_POINTS.
-        self._bucket_size = max(1, math.ceil((started.steps - self.first_step) / CURVE_POINTS))
+        self._bucket_size = max(1, math.ceil((started.steps - self.first_step) / log_steps / CURVE_POINTS))
         self._recent: deque[tuple[int, float]] = deque(maxlen=20)
         self._first_step_at = now
         self._last_step_at = now
@@ -143,9 +147,9 @@ class RunState:
         return [(name, self.sources[name] / total) for name in names]
 
     def seconds_left(self, now: float) -> float | None:
-        """Estimate the time left from the mean pace since the first step, validations included."""
+        """Estimate the time left from the mean pace since the first step, validations included; None if it has ended."""
         done = self.step - self.first_step
-        if done == 0:
+        if done == 0 or self.has_ended:
             return None
         pace = (self._last_step_at - self._first_step_at) / done
         return max(pace * (self.started.steps - self.step) - (now - self._last_step_at), 0.0)
@@ -199,7 +203,8 @@ def trained_parameters(event: RunStarted) -> str:
 
 def _panel(run: RunState, tasks: Sequence[RunningTask], now: float, width: int) -> Panel:
     s = run.started
-    title = Text.assemble((s.method, "bold"), f" · {trained_parameters(s)} · {s.device} · {s.dtype}")
+    known = [trained_parameters(s) if s.parameters else "", s.device, s.dtype]
+    title = Text.assemble((s.method, "bold"), *(f" · {fact}" for fact in known if fact))
     wide = width >= WIDE
     label = max(LABEL_WIDTH, len(s.loss))
     rows = _main_figures(run, width - 4 - label - 2 - (23 if wide else 0))

@@ -245,6 +245,25 @@ def _lock(descriptor: int, busy: Callable[[], None]) -> bool:
     return True
 
 
+def is_locked(path: Path) -> bool | None:
+    """Return whether another process holds the lock of a directory; None if this file system does not support locks.
+
+    It is tried with a shared lock for an instant.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def cache_root(kind: str, directory: str | None) -> Path:
     """Return the directory of the caches of a kind: ``directory`` if it is given, else the user's."""
     if directory is not None:

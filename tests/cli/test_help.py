@@ -29,7 +29,7 @@ from distillm_cli.errors import CheckpointError, DataError
 from tests.command_line import assert_error_line, exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ("sft", "generate", "distill", "eval", "run", "plan", "pilot", "methods", "recipes", "schema")
+VERBS = ("sft", "generate", "distill", "eval", "run", "plan", "pilot", "watch", "chat", "methods", "recipes", "schema")
 GROUPS = ("methods", "recipes")
 
 
@@ -113,7 +113,7 @@ def test_distill_help_shows_panels_flags_and_set(run):
     assert "distillm recipes ls" in out
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in (*GROUPS, "run", "schema")])
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in (*GROUPS, "run", "watch", "schema")])
 def test_flags_match_the_field_table(verb):
     context = typer.Context(get_command(program.app))
     command = context.command.get_command(context, verb)

@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
         "losses.plain",
         "teachers.local",
     },
-    "ui": {"runs.run_results"},  # plain data, as the events are
+    "ui": {"runs.run_results", "runs.output_dir", "runs.watch"},  # plain data, as the events are
     "runs": {"config", "data", "models", "extras", "servers", *TRAINING_PACKAGES, "evaluation"},
     "api": {"config", "runs", "ui"},
 }
