@@ -121,6 +121,7 @@ class SftFields(_TrainingFields, total=False):
     student: Fields
     teacher: Fields
     schedule: Fields
+    on_alarm: str
     keep: int
 
 
@@ -140,6 +141,7 @@ class PlanFields(_TrainingFields, total=False):
 class DistillFields(PlanFields, total=False):
     """List the keywords of ``distill`` that set fields of the recipe."""
 
+    on_alarm: str
     keep: int
 
 

@@ -69,7 +69,7 @@ class RunStarted(Event):
 class Stepped(Event):
     """Report an optimizer step, counted from 1. loss: mean per supervised token, nats. seconds: wall time of this step.
 
-    figures: further figures of the method, by name.
+    figures: further figures of the method, by name. health: those of ``training.health``.
     """
 
     step: int
@@ -82,6 +82,7 @@ class Stepped(Event):
     tokens: int
     seconds: float
     figures: dict[str, float] = field(default_factory=dict)
+    health: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ class MetricsLog:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Stepped) and event.step % self.log_steps == 0:
-            line = {key: getattr(event, key) for key in _STEP_KEYS} | event.figures
+            line = {key: getattr(event, key) for key in _STEP_KEYS} | event.figures | event.health
             self._write({key: _short(value) for key, value in line.items()})
         elif isinstance(event, Validated):
             line = {"step": event.step, "valid_loss": _short(event.valid_loss), "phi": _short(event.phi)}

@@ -74,6 +74,14 @@ class TrainerState:
         restored.reason = "done"
         return restored
 
+    def add_step(self, source: Source, loss: float, tokens: int, seconds: float) -> None:
+        """Count a step. tokens: supervised tokens that it trained on."""
+        self.step += 1
+        self.tokens += tokens
+        self.train_loss = loss
+        self.sources[source.value] += 1
+        self.source_seconds[source.value] = self.source_seconds.get(source.value, 0.0) + seconds
+
     def steps_with(self, source: Source) -> int:
         """Return the number of steps that trained on this source, alone or with another."""
         return sum(count for name, count in self.sources.items() if source in name.split("+"))

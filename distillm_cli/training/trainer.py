@@ -24,6 +24,7 @@ from distillm_cli.training.announce import phi_advice, resume_advice, run_starte
 from distillm_cli.training.checkpoint import Checkpoint, Checkpoints, all_random_states, restore_random_states
 from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note, RunEnded, Saved, Stepped, Validated, silent
+from distillm_cli.training.health import StepHealth
 from distillm_cli.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from distillm_cli.training.recovery import MicroBatch, Recovery, check_finite
 from distillm_cli.training.sharding import full_tensor
@@ -39,7 +40,8 @@ class Trainer:
     """Train a student for ``run.steps`` optimizer steps.
 
     student_loss: the student inside its objective. pool: source of sequences. teacher: None for SFT. validator:
-    measures validation rows. checkpoints: None saves nothing. config: the recipe's ``train`` section.
+    measures validation rows. checkpoints: None saves nothing. config: the recipe's ``train`` section. health: measures the
+    steps; None: their speed alone.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Trainer:
         checkpoints: Checkpoints | None,
         config: TrainConfig,
         run: RunInfo,
+        health: StepHealth | None = None,
         listener: Listener = silent,
     ):
         self.student_loss = student_loss
@@ -62,6 +65,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self.config = config
         self.run = run
+        self.health = health or StepHealth(student_loss, pool)
         self.dist = world()
         self.emit = listener
         self.state = TrainerState()
@@ -126,6 +130,7 @@ class Trainer:
                 drawn = self.pool.draw(source, step)
                 sequences = [s for batch in drawn for s in batch.sequences]
                 micro_batches = attempt.split(drawn)
+                self.health.begin_attempt(step + 1, micro_batches)
                 token_weights = self._begin_step(micro_batches, progress)
                 drawn_by_extras = self.student_loss.begin_step([micro.rows for micro in micro_batches], step)
                 count = self.objective.count(sequences)
@@ -138,6 +143,7 @@ class Trainer:
                     hidden_ND = micro.teacher_hidden_ND
                     if weights.kd and hidden_ND is None and self.student_loss.teacher_pass is None:
                         hidden_ND = self._teacher_hidden(micro, batches)
+                    self.health.observe(micro)
                     total += self._forward_backward(
                         batches, hidden_ND, weights, per_token, 1 / count, micro.source, extra
                     )
@@ -155,11 +161,7 @@ class Trainer:
 
         tokens = sum(s.supervised for s in sequences)
         seconds = time.perf_counter() - started
-        self.state.step = step + 1
-        self.state.tokens += tokens
-        self.state.train_loss = loss
-        self.state.sources[source.value] += 1
-        self.state.source_seconds[source.value] = self.state.source_seconds.get(source.value, 0.0) + seconds
+        self.state.add_step(source, loss, tokens, seconds)
         self.emit(
             Stepped(
                 step=step + 1,
@@ -172,6 +174,7 @@ class Trainer:
                 tokens=tokens,
                 seconds=seconds,
                 figures=self.student_loss.figures(),
+                health=self.health.figures(drawn, seconds),
             )
         )
 
