@@ -29,7 +29,7 @@ from distillm_cli.config.shortcuts import Flag, field_flags, flag_of
 from distillm_cli.errors import CheckpointError, DistillmError, UsageError
 from distillm_cli.runs.object_inputs import is_model, is_rows, is_tokenizer, save_model, save_rows, save_tokenizer
 from distillm_cli.training.distributed import joined, world
-from distillm_cli.training.events import Event, Listener, Note, Warned, silent
+from distillm_cli.training.events import Alarmed, Event, Listener, Note, Warned, silent
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -798,7 +798,7 @@ def _reporting(display: bool, listener: Listener | None) -> Iterator[tuple[Liste
 
 def log_event(event: Event) -> None:
     """Log notes and warnings. The default listener of a call."""
-    if isinstance(event, Warned):
+    if isinstance(event, Warned | Alarmed):
         _LOGGER.warning("%s", event.text)
     elif isinstance(event, Note):
         _LOGGER.info("%s", event.text)

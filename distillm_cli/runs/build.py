@@ -94,6 +94,7 @@ def build_trainer(
         device=run.device,
         dtype=run.dtype,
         pass_overhead=run.pass_overhead,
+        cuts_outputs=recipe.rollout.prefix is not None,
         identity=lambda: {"recipe": fixed_values(recipe), "inputs": run.inputs},
     )
 

@@ -98,6 +98,7 @@ class TrainResult:
 
     report: ``valid_loss`` and scores by model ("student_after", "teacher", …). teacher_cache, teacher_tokens: None
     without a teacher. baselines: of ``--compare``. findings: of the checks before the first step, empty after a resume.
+    alarms: ``alarm``, ``step``, ``message`` and ``cure`` of each.
     """
 
     command: str
@@ -126,6 +127,7 @@ class TrainResult:
     teacher_tokens: int | None = None
     baselines: tuple[Baseline, ...] = ()
     findings: tuple[Mapping[str, str], ...] = ()
+    alarms: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def samples(self) -> tuple[Sample, ...]:

@@ -396,6 +396,7 @@ def _result(
         report={name.replace(" ", "_"): {"valid_loss": m.valid_loss} | m.scores for name, m in models.items()},
         summary=summary,
         findings=tuple(finding.as_json() for finding in training.findings),
+        alarms=tuple(alarm.as_json() for alarm in trainer.alarms.raised),
         teacher_cache=None if teacher is None else teacher.facts(),
         teacher_tokens=None if teacher is None else teacher.teacher.total_tokens(),
     )

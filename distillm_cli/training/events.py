@@ -104,6 +104,25 @@ class Validated(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Alarmed(Event):
+    """Report that the figures of the run show a problem (``training.alarms``). cure: settings to try."""
+
+    step: int
+    name: str
+    message: str
+    cure: str
+
+    @property
+    def text(self) -> str:
+        """Return the alarm as one line."""
+        return f"step {self.step:,}: {self.message}; {self.cure}"
+
+    def as_json(self) -> dict[str, object]:
+        """Return the alarm as in metrics.jsonl and results."""
+        return {"alarm": self.name, "step": self.step, "message": self.message, "cure": self.cure}
+
+
+@dataclass(frozen=True, slots=True)
 class Saved(Event):
     """Report that a checkpoint was saved."""
 

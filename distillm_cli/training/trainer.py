@@ -13,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from distillm_cli.config.schema import TrainConfig
-from distillm_cli.errors import Interrupted, ServerError
+from distillm_cli.errors import AlarmError, Interrupted, ServerError
 from distillm_cli.losses.objectives import Objective, SourceBatch, TokenLogProbs
 from distillm_cli.losses.student_loss import StudentLoss, concatenate
 from distillm_cli.losses.weights import CROSS_ENTROPY, NO_WEIGHTS, LossWeights, TokenWeights
 from distillm_cli.rollouts.pool import SequencePool, freshness
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LocalTeacher
+from distillm_cli.training.alarms import AlarmWatch, History
 from distillm_cli.training.announce import phi_advice, resume_advice, run_started
 from distillm_cli.training.checkpoint import Checkpoint, Checkpoints, all_random_states, restore_random_states
 from distillm_cli.training.distributed import world
-from distillm_cli.training.events import Listener, Note, RunEnded, Saved, Stepped, Validated, silent
+from distillm_cli.training.events import Alarmed, Listener, Note, RunEnded, Saved, Stepped, Validated, silent
 from distillm_cli.training.health import StepHealth
 from distillm_cli.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from distillm_cli.training.recovery import MicroBatch, Recovery, check_finite
@@ -66,6 +67,7 @@ class Trainer:
         self.config = config
         self.run = run
         self.health = health or StepHealth(student_loss, pool)
+        self.alarms = AlarmWatch(History(run.steps, config.select != "last", run.cuts_outputs))
         self.dist = world()
         self.emit = listener
         self.state = TrainerState()
@@ -109,7 +111,9 @@ class Trainer:
                 if (advice := phi_advice(self)) is not None:
                     self.emit(Note(advice))
                 self._stop_when_stale()
-                signal = max(self.dist.gather(lambda: stop.signal or 0))  # one process's stops all
+                found = self.dist.gather(lambda: (stop.signal or 0, self.alarms.take()))
+                signal = max(number for number, _ in found)  # one process's stops all
+                self._report_alarms(found[0][1])
                 if self._is_due(self.config.save_steps) or signal or self.state.reason != "done":
                     self.save()
                 if signal and self.state.step < self.run.steps:
@@ -162,7 +166,7 @@ class Trainer:
         tokens = sum(s.supervised for s in sequences)
         seconds = time.perf_counter() - started
         self.state.add_step(source, loss, tokens, seconds)
-        self.emit(
+        self._report_figures(
             Stepped(
                 step=step + 1,
                 epoch=(step + 1) / self.run.steps_per_epoch,
@@ -332,7 +336,8 @@ class Trainer:
             state.best = value
         scores = dict(state.scores)
         rose = phi > previous_phi
-        self.emit(Validated(step, state.valid_loss, phi, rose, is_better or is_tie, scores, self.scheduler.trigger))
+        trigger = self.scheduler.trigger
+        self._report_figures(Validated(step, state.valid_loss, phi, rose, is_better or is_tie, scores, trigger))
         if is_better or is_tie:
             state.best_step = step
             state.stale = state.stale + 1 if is_tie else 0
@@ -350,6 +355,29 @@ class Trainer:
     def _is_due(self, every: int | Literal["epoch"]) -> bool:
         steps = every if isinstance(every, int) else self.run.steps_per_epoch
         return self.state.step % steps == 0 or self.state.step == self.run.steps
+
+    def _report_figures(self, event: Stepped | Validated) -> None:
+        self.emit(event)
+        self.alarms.observe(event)
+
+    def _report_alarms(self, alarms: list[Alarmed]) -> None:
+        """Report the alarms of a step. A checkpoint of the first one is kept. Raises AlarmError if they stop the run."""
+        for alarm in alarms:
+            self.emit(alarm)
+        if not alarms:
+            return
+        if self.state.alarm_step is None:
+            self.state.alarm_step = self.state.step
+            self.save()
+        if self.config.on_alarm == "stop" and self.state.step < self.run.steps:
+            self.save()
+            self.emit(RunEnded(self.state.step, "stopped by an alarm", self.state.seconds))
+            raise AlarmError(
+                "alarm.stopped",
+                f"stopped at step {self.state.step} of {self.run.steps}: {alarms[0].message}",
+                where=alarms[0].name,
+                hint=f"{alarms[0].cure}; or continue with --resume --on-alarm warn",
+            )
 
     def _raise_interrupted(self, signal_number: int) -> None:
         self.emit(RunEnded(self.state.step, "interrupted", self.state.seconds))
@@ -374,6 +402,7 @@ class Trainer:
             "progress": dict(vars(self.state)),
             "scheduler": self.scheduler.state_dict(),
             "objective": self.objective.state_dict(),
+            "alarms": self.alarms.state_dict(),
             "pool": pool,
             **({} if self.teacher is None else self.teacher.state_dict()),
             **({} if self.dist.size == 1 else {"processes": self.dist.size}),
@@ -381,11 +410,16 @@ class Trainer:
         }
         tensors = optimizer_tensors(self.optimizer) | all_random_states(self.run.device) | pool_tensors
         tensors |= self.student_loss.extra_tensors()
-        write = partial(self.checkpoints.write, self.state.step, state, tensors, protect=self.state.best_step)
+        write = partial(self.checkpoints.write, self.state.step, state, tensors, protect=self._protected())
         with self.student_loss.sharding.whole(for_saving=True):
             path = self.dist.broadcast(write)
         self.saved_step = self.state.step
         self.emit(Saved(self.state.step, str(path)))
+
+    def _protected(self) -> dict[int, bool]:
+        """Return the steps whose checkpoints are kept, and whether to keep them whole, and not their weights alone."""
+        best, alarm = self.state.best_step, self.state.alarm_step
+        return ({} if best is None else {best: False}) | ({} if alarm is None else {alarm: True})
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore the state of a checkpoint. The caller loads the student's weights."""
@@ -394,6 +428,8 @@ class Trainer:
         self.saved_step = self.state.step
         self.scheduler.load_state_dict(state["scheduler"])
         self.objective.load_state_dict(state["objective"])
+        if "alarms" in state:  # not in an older checkpoint
+            self.alarms.load_state_dict(state["alarms"])
         self.pool.load_state_dict(state["pool"], tensors)
         self.student_loss.load_extra_tensors(tensors)
         self.student_loss.load_extra_weights(checkpoint.path)
