@@ -511,6 +511,9 @@ def distill(
     rebuild_teacher_cache: bool = False,
     compare: bool = False,
     strict: bool = False,
+    track: str | Sequence[str] = (),
+    push: str | None = None,
+    push_dry_run: bool = False,
     display: bool = False,
     listener: Listener | None = None,
     **fields: Unpack[DistillFields],
@@ -521,7 +524,8 @@ def distill(
     ``runs/``, named as on the command line. resume: continue from the newest checkpoint in ``output``. overwrite: replace
     an earlier run there. rebuild_teacher_cache: replace a cache on disk that is stale. compare: also train the baselines,
     plain SFT and off-policy distillation, for the same seconds. strict: a warning of the checks before the first step is an
-    error. display: show what the command line shows. listener: called
+    error. track: names of experiment trackers (wandb, trackio, tensorboard, mlflow). push: name on the hub that the output
+    directory is uploaded to; push_dry_run: only list its files. display: show what the command line shows. listener: called
     with every event. fields: see ``DistillFields``; they override the recipe.
 
     teacher and student are names, paths, results of earlier runs, or model objects: ``(model, tokenizer)``, or a model with
@@ -538,6 +542,9 @@ def distill(
         rebuild_teacher_cache=rebuild_teacher_cache,
         compare=compare,
         strict=strict,
+        track=(track,) if isinstance(track, str) else tuple(track),
+        push=push,
+        push_dry_run=push_dry_run,
     )
     return _train("distill", recipe, output, options, fields, _reporting(display, listener))
 
@@ -549,6 +556,9 @@ def sft(
     resume: bool = False,
     overwrite: bool = False,
     strict: bool = False,
+    track: str | Sequence[str] = (),
+    push: str | None = None,
+    push_dry_run: bool = False,
     display: bool = False,
     listener: Listener | None = None,
     **fields: Unpack[SftFields],
@@ -559,7 +569,14 @@ def sft(
     """
     from distillm_cli.runs.start import TrainOptions
 
-    options = TrainOptions(resume=resume, overwrite=overwrite, strict=strict)
+    options = TrainOptions(
+        resume=resume,
+        overwrite=overwrite,
+        strict=strict,
+        track=(track,) if isinstance(track, str) else tuple(track),
+        push=push,
+        push_dry_run=push_dry_run,
+    )
     return _train("sft", recipe, output, options, fields, _reporting(display, listener))
 
 

@@ -98,7 +98,7 @@ class TrainResult:
 
     report: ``valid_loss`` and scores by model ("student_after", "teacher", …). teacher_cache, teacher_tokens: None
     without a teacher. baselines: of ``--compare``. findings: of the checks before the first step, empty after a resume.
-    alarms: ``alarm``, ``step``, ``message`` and ``cure`` of each.
+    alarms: ``alarm``, ``step``, ``message`` and ``cure`` of each. pushed: address that ``--push`` uploaded the directory to.
     """
 
     command: str
@@ -128,6 +128,7 @@ class TrainResult:
     baselines: tuple[Baseline, ...] = ()
     findings: tuple[Mapping[str, str], ...] = ()
     alarms: tuple[Mapping[str, Any], ...] = ()
+    pushed: str | None = None
 
     @property
     def samples(self) -> tuple[Sample, ...]:
@@ -157,6 +158,7 @@ class TrainResult:
         found: dict[str, Any] = {"command": self.command, "status": "ok", "output": str(self.output)}
         left_out = {"summary", "baselines"}
         left_out |= {"teacher_cache", "teacher_tokens"} if self.teacher_cache is None else set()
+        left_out |= {"pushed"} if self.pushed is None else set()
         for item in fields(self):
             if item.name not in found and item.name not in left_out:
                 found[item.name] = getattr(self, item.name)

@@ -65,6 +65,7 @@ from distillm_cli.runs.stages import (
     start_trainer,
 )
 from distillm_cli.runs.start import TrainOptions
+from distillm_cli.runs.trackers import RunTrackers
 from distillm_cli.training.checkpoint import Checkpoint, read_checkpoint, visible
 from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note, Warned
@@ -184,7 +185,9 @@ def train(
     try:
         run = run_prior_stages(run, stages, resolved, output, checkpoints, teacher, listener)
         training = _Training(command, run, resolved, output, checkpoints.run, teacher, started, findings)
-        result = _train(training, listener)
+        with RunTrackers(options.track, output, resolved, listener, options.resume).running() as trackers:
+            result = _train(training, trackers)
+            trackers.finish(result)
         report_checkpoints(output, resolved.recipe.train.keep, listener)
         return result
     except KeyboardInterrupt as stop:

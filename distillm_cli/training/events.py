@@ -85,6 +85,9 @@ class Stepped(Event):
     health: dict[str, float] = field(default_factory=dict)
 
 
+STEP_KEYS = ("step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds")  # in each step's line
+
+
 @dataclass(frozen=True, slots=True)
 class Validated(Event):
     """Report a validation. valid_loss: mean cross-entropy per token of the student on held-out rows, nats.

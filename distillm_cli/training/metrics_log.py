@@ -11,10 +11,8 @@ from typing import Any
 
 from distillm_cli.config.schema import TrainConfig
 from distillm_cli.training.distributed import world
-from distillm_cli.training.events import Alarmed, Event, Listener, Stepped, Validated, silent
+from distillm_cli.training.events import STEP_KEYS, Alarmed, Event, Listener, Stepped, Validated, silent
 from distillm_cli.utils.storage import atomic_write, storing
-
-_STEP_KEYS = ("step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds")
 
 
 class MetricsLog:
@@ -32,7 +30,7 @@ class MetricsLog:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Stepped) and event.step % self.log_steps == 0:
-            line = {key: getattr(event, key) for key in _STEP_KEYS} | event.figures | event.health
+            line = {key: getattr(event, key) for key in STEP_KEYS} | event.figures | event.health
             self._write({key: _short(value) for key, value in line.items()})
         elif isinstance(event, Validated):
             line = {"step": event.step, "valid_loss": _short(event.valid_loss), "phi": _short(event.phi)}

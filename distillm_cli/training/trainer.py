@@ -374,8 +374,8 @@ class Trainer:
             self.emit(RunEnded(self.state.step, "stopped by an alarm", self.state.seconds))
             raise AlarmError(
                 "alarm.stopped",
-                f"stopped at step {self.state.step} of {self.run.steps}: {alarms[0].message}",
-                where=alarms[0].name,
+                f"the alarm {alarms[0].name} stopped the run at step {self.state.step} of {self.run.steps}",
+                where=alarms[0].message,
                 hint=f"{alarms[0].cure}; or continue with --resume --on-alarm warn",
             )
 

@@ -26,7 +26,10 @@ HEALTHY = {
 }
 
 
-def events(health=None, loss=course(2.0, 0.5), valid=(), steps=STEPS):
+FALLING_LOSS = course(2.0, 0.5)
+
+
+def events(health=None, loss=FALLING_LOSS, valid=(), steps=STEPS):
     """Yield the events of a run. health: figures in place of the healthy ones. valid: (loss, KL) of each validation."""
     valid = list(valid)
     for step in range(1, steps + 1):

@@ -99,7 +99,7 @@ def test_micro_batches_do_not_change_the_figures():
 
 
 def test_without_a_teacher_only_the_student_is_measured():
-    figures, q_NV, _ = measured(90, teacher=False)
+    figures, *_ = measured(90, teacher=False)
     with_teacher, *_ = measured(90)
     assert figures["student_entropy"] == pytest.approx(with_teacher["student_entropy"])
     assert not figures.keys() & {"teacher_entropy", "acceptance"}
