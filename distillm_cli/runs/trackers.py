@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -70,9 +71,9 @@ class RunTrackers:
 
         Raises UsageError if one cannot be started.
         """
-        if self.names:
-            world().broadcast(self._start)
         try:
+            if self.names:
+                world().broadcast(self._start)
             yield self
         finally:
             for name, tracker in list(self.trackers.items()):
@@ -113,8 +114,9 @@ class RunTrackers:
             run_id = ids.setdefault(name, uuid4().hex) if name != "mlflow" else ids.get(name)
             tracker = LOGGER_TYPE_TO_CLASS[name](**self._arguments(name, run_id))
             try:
-                tracker.start()
-                tracker.store_init_configuration(self._settings())
+                with redirect_stdout(sys.stderr):  # stdout is for results
+                    tracker.start()
+                    tracker.store_init_configuration(self._settings())
             except Exception as error:
                 what = f"--track {name}: {type(error).__name__}: {_first_line(error)}"
                 hint = f"check the settings of {name} (docs/training.md), or drop --track"
@@ -167,7 +169,8 @@ class RunTrackers:
 
     def _attempt(self, name: str, log: Callable[[], object]) -> None:
         try:
-            log()
+            with redirect_stdout(sys.stderr):
+                log()
         except Exception as error:
             del self.trackers[name]
             what = f"{name} failed, and the run continues without it: {type(error).__name__}: {_first_line(error)}"
