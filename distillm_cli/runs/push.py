@@ -68,7 +68,7 @@ def push_output(output: Path, name: str, listener: Listener, *, dry_run: bool) -
         if (token := get_token()) is not None:
             reason = reason.replace(token, "…")
         left_out = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in _LEFT_OUT)
-        command = f"hf upload {shlex.quote(name)} {shlex.quote(str(output))} . {left_out}"
+        command = f"hf upload {shlex.quote(name)} {shlex.quote(str(output))} . --private {left_out}"
         listener(
             Warned(f"nothing was uploaded to {name}: {type(error).__name__}: {reason}; upload it later: {command}")
         )

@@ -77,7 +77,7 @@ class RunTrackers:
             yield self
         finally:
             for name, tracker in list(self.trackers.items()):
-                self._attempt(name, tracker.finish)
+                self._attempt(name, partial(_end, name, tracker))
 
     def __call__(self, event: Event) -> None:
         self.listener(event)
@@ -175,6 +175,15 @@ class RunTrackers:
             del self.trackers[name]
             what = f"{name} failed, and the run continues without it: {type(error).__name__}: {_first_line(error)}"
             self.listener(Warned(what))
+
+
+def _end(name: str, tracker: Any) -> None:
+    if name == "trackio":  # the tracker's own method ends the run again, and prints, when the program exits
+        import trackio
+
+        trackio.finish()
+    else:
+        tracker.finish()
 
 
 def _first_line(error: BaseException) -> str:

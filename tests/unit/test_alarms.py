@@ -1,6 +1,7 @@
 """Test which courses of a run raise which alarm, and which raise none."""
 
 import json
+import math
 
 import pytest
 
@@ -50,7 +51,12 @@ def raised(happened, **history):
 FALLING = [(3.0, 2.0), (2.0, 1.0), (1.5, 0.7), (1.4, 0.6)]
 RISING = [(1.0, 0.5), (1.1, 0.6), (1.2, 0.7), (1.3, 0.8)]
 CASES = {
-    "outputs_grow": {"health": {"rollout_length": course(10.0, 120.0), "rollout_cut": course(0.0, 0.45)}},
+    "outputs_grow": {
+        "health": {
+            "rollout_length": lambda progress: 5 * math.exp(5 * progress),
+            "rollout_cut": lambda progress: min(0.45, max(0.0, 1.5 * progress - 0.5)),
+        }
+    },
     "outputs_cut": {"health": {"rollout_cut": course(0.9, 0.9)}},
     "outputs_repeat": {"health": {"rollout_distinct2": lambda progress: 0.9 if progress < 0.6 else 0.2}},
     "entropy_collapse": {"health": {"student_entropy": lambda progress: 1.0 if progress < 0.5 else 0.01}},
