@@ -29,7 +29,7 @@ from distillm_cli.config.shortcuts import Flag, field_flags, flag_of
 from distillm_cli.errors import CheckpointError, DistillmError, UsageError
 from distillm_cli.runs.object_inputs import is_model, is_rows, is_tokenizer, save_model, save_rows, save_tokenizer
 from distillm_cli.training.distributed import joined, world
-from distillm_cli.training.events import Event, Listener, Note, Warned, silent
+from distillm_cli.training.events import Alarmed, Event, Listener, Note, Warned, silent
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -128,6 +128,7 @@ class SftFields(_TrainingFields, total=False):
     student: Fields
     teacher: Fields
     schedule: Fields
+    on_alarm: str
     keep: int
 
 
@@ -147,6 +148,7 @@ class PlanFields(_TrainingFields, total=False):
 class DistillFields(PlanFields, total=False):
     """List the keywords of ``distill`` that set fields of the recipe."""
 
+    on_alarm: str
     keep: int
 
 
@@ -547,6 +549,9 @@ def distill(
     rebuild_teacher_cache: bool = False,
     compare: bool = False,
     strict: bool = False,
+    track: str | Sequence[str] = (),
+    push: str | None = None,
+    push_dry_run: bool = False,
     display: bool = False,
     listener: Listener | None = None,
     **fields: Unpack[DistillFields],
@@ -557,7 +562,8 @@ def distill(
     ``runs/``, named as on the command line. resume: continue from the newest checkpoint in ``output``. overwrite: replace
     an earlier run there. rebuild_teacher_cache: replace a cache on disk that is stale. compare: also train the baselines,
     plain SFT and off-policy distillation, for the same seconds. strict: a warning of the checks before the first step is an
-    error. display: show what the command line shows. listener: called
+    error. track: names of experiment trackers (wandb, trackio, tensorboard, mlflow). push: name on the hub that the output
+    directory is uploaded to; push_dry_run: only list its files. display: show what the command line shows. listener: called
     with every event. fields: see ``DistillFields``; they override the recipe.
 
     teacher and student are names, paths, results of earlier runs, or model objects: ``(model, tokenizer)``, or a model with
@@ -574,6 +580,9 @@ def distill(
         rebuild_teacher_cache=rebuild_teacher_cache,
         compare=compare,
         strict=strict,
+        track=(track,) if isinstance(track, str) else tuple(track),
+        push=push,
+        push_dry_run=push_dry_run,
     )
     return _train("distill", recipe, output, options, fields, _reporting(display, listener))
 
@@ -585,6 +594,9 @@ def sft(
     resume: bool = False,
     overwrite: bool = False,
     strict: bool = False,
+    track: str | Sequence[str] = (),
+    push: str | None = None,
+    push_dry_run: bool = False,
     display: bool = False,
     listener: Listener | None = None,
     **fields: Unpack[SftFields],
@@ -595,7 +607,14 @@ def sft(
     """
     from distillm_cli.runs.start import TrainOptions
 
-    options = TrainOptions(resume=resume, overwrite=overwrite, strict=strict)
+    options = TrainOptions(
+        resume=resume,
+        overwrite=overwrite,
+        strict=strict,
+        track=(track,) if isinstance(track, str) else tuple(track),
+        push=push,
+        push_dry_run=push_dry_run,
+    )
     return _train("sft", recipe, output, options, fields, _reporting(display, listener))
 
 
@@ -873,7 +892,7 @@ def _reporting(display: bool, listener: Listener | None) -> Iterator[tuple[Liste
 
 def log_event(event: Event) -> None:
     """Log notes and warnings. The default listener of a call."""
-    if isinstance(event, Warned):
+    if isinstance(event, Warned | Alarmed):
         _LOGGER.warning("%s", event.text)
     elif isinstance(event, Note):
         _LOGGER.info("%s", event.text)

@@ -2,7 +2,8 @@
 
 Exit codes are part of the interface for scripts:
 0 done · 1 unexpected · 2 usage or recipe · 3 data · 4 model or tokenizer · 5 checkpoint · 6 non-finite numbers ·
-7 out of memory · 8 storage · 9 a peer process died · 10 a server · 129/130/143 interrupted (SIGHUP, Ctrl-C, SIGTERM).
+7 out of memory · 8 storage · 9 a peer process died · 10 a server · 11 an alarm ·
+129/130/143 interrupted (SIGHUP, Ctrl-C, SIGTERM).
 """
 
 from __future__ import annotations
@@ -123,6 +124,12 @@ class ServerError(DistillmError):
     """Report a server that cannot be reached, fails, or does not serve what the run needs."""
 
     exit_code = 10
+
+
+class AlarmError(DistillmError):
+    """Report that an alarm stopped the run (``train.on_alarm``), after a checkpoint was saved."""
+
+    exit_code = 11
 
 
 class Interrupted(DistillmError):

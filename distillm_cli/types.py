@@ -185,12 +185,14 @@ class Rollout(Sequence):
     """Hold a sampled response, with what was computed for it.
 
     log_probs_NK: log-probabilities of its tokens when it was sampled, nats, float32 on the CPU, in the first or in all of
-    the columns ``LOG_Q``, ``LOG_P``, ``LOG_DRAWN``; None if the sampler gives none.
+    the columns ``LOG_Q``, ``LOG_P``, ``LOG_DRAWN``; None if the sampler gives none. sampled_at: the step (from 0) whose
+    student sampled it, if it may be replayed; None if that is not known.
     teacher_hidden_ND: the teacher's hidden states, on the CPU, once ``cache_teacher_hidden`` was called.
     """
 
     log_probs_NK: torch.Tensor | None = None
     teacher_hidden_ND: torch.Tensor | None = None
+    sampled_at: int | None = None
 
     @property
     def student_log_probs_N(self) -> torch.Tensor | None:

@@ -21,6 +21,7 @@ EXIT_CODES = {
     "storage": 8,
     "process": 9,
     "server": 10,
+    "alarm": 11,
 }
 
 

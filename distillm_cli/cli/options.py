@@ -405,6 +405,36 @@ Strict = Annotated[
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="NAME",
+        callback=check_named,
+        help="Also log to an experiment tracker: wandb, trackio, tensorboard, mlflow. May be repeated.",
+        autocompletion=lambda incomplete: _completed(incomplete, ["wandb", "trackio", "tensorboard", "mlflow"]),
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+Push = Annotated[
+    str | None,
+    typer.Option(
+        "--push",
+        metavar="NAME",
+        callback=check_named,
+        help="Upload the output directory to this repository of the Hugging Face hub, private if it is new.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
+PushDryRun = Annotated[
+    bool,
+    typer.Option(
+        "--push-dry-run",
+        metavar="",
+        help="With --push: only list the files that would be uploaded.",
+        rich_help_panel=OUTPUT_PANEL,
+    ),
+]
 Debug = Annotated[
     bool, typer.Option("--debug", metavar="", help="Print tracebacks with errors.", rich_help_panel=OUTPUT_PANEL)
 ]

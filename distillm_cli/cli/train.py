@@ -55,6 +55,9 @@ class TrainingOptions:
     overwrite: options.Overwrite = False
     json: options.Json = False
     quiet: options.Quiet = False
+    track: options.Track = None
+    push: options.Push = None
+    push_dry_run: options.PushDryRun = False
     strict: options.Strict = False
     debug: options.Debug = False
 
@@ -153,6 +156,9 @@ def launch(
         rebuild_teacher_cache=rebuild_teacher_cache,
         compare=compare,
         strict=chosen.strict,
+        track=tuple(chosen.track or ()),
+        push=chosen.push,
+        push_dry_run=chosen.push_dry_run,
     )
     with console(json_mode=chosen.json, quiet=chosen.quiet) as ui:
         result = train_recipe(verb, resolved, output, ui, run_options, chosen.recipe)

@@ -38,7 +38,7 @@ _FAMILIAR_FLAGS = {
     "-v": "did you mean --version?",
     "--config": "did you mean --recipe?",
     "-c": "did you mean --recipe?",
-    "--report-to": "every run writes its metrics to metrics.jsonl in the output directory",
+    "--report-to": "did you mean --track?",
     "--logging-dir": "every run writes its metrics to metrics.jsonl in the output directory",
     "--resume-from-checkpoint": "did you mean --resume?",
     "--overwrite-output-dir": "did you mean --overwrite?",

@@ -23,7 +23,8 @@ _EXTRAS = tuple(f"{name}." for name in EXTRAS)
 # Fields that may differ between a run and its resume, because no later step depends on them.
 _CHANGEABLE = (
     "rollout.server_dir", "teacher.cache_dir", "teacher.device_map", "teacher.max_memory", "teacher.offload", "train.keep",
-    "train.log_steps", "train.device", "train.threads", "train.offload_activations", "data.workers", "data.store",
+    "train.log_steps", "train.health_every", "train.on_alarm", "train.device", "train.threads", "train.offload_activations",
+    "data.workers", "data.store",
     "data.store_dir", "eval.suites", "eval.batch_size", "eval.report_teacher",
 )  # fmt: skip
 _SERVERS = ("teacher.server", "rollout.server")  # another address is the same run, with a server or without is not
@@ -134,6 +135,7 @@ def baseline_recipes(
     train = resolved.recipe.train
     default = ObjectiveConfig()
     common: dict[str, tuple[Any, str]] = {"schedule.kind": ("off", origin)}
+    common["train.on_alarm"] = ("warn", origin)  # a baseline is trained to its end
     common |= {"student.sft_epochs": (0.0, origin), "student.sft_lr": (None, origin)}
     common |= {"student.ptp": (0.0, origin), "student.ptp_lr": (None, origin)}
     common["data.mixup"] = (0.0, origin)

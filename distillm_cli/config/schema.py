@@ -543,6 +543,16 @@ class TrainConfig(Section):
     adversarial_steps: Annotated[Positive, _ADVERSARIAL_STEPS] = Field(3, description="Gradient steps of pgd.")
     log_steps: Positive = Field(1, description="Number of steps between two lines of metrics.jsonl.")
     eval_steps: Positive | Literal["epoch"] = Field("epoch", description="Number of steps between two validations.")
+    health_every: Count = Field(
+        10,
+        description="Number of steps between two measurements of entropy and agreement with the teacher (docs/training.md). "
+        "0: none, and no KL divergences at validations.",
+    )
+    on_alarm: Literal["warn", "stop"] = Field(
+        "warn",
+        description="Reaction to an alarm (docs/training.md): print a warning, or stop the run. A checkpoint of the first "
+        "alarm is kept.",
+    )
     save_steps: Positive | Literal["epoch"] = Field("epoch", description="Number of steps between two checkpoints.")
     keep: Count = Field(
         1,

@@ -80,6 +80,7 @@ FIELD_FLAGS = (
     FieldFlag("--epochs", ("train.epochs",), TRAINING_VERBS, TRAINING_PANEL, "X"),
     FieldFlag("--steps", ("train.steps",), TRAINING_VERBS, TRAINING_PANEL, "N"),
     FieldFlag("--seed", ("train.seed",), TRAINING_VERBS, TRAINING_PANEL, "N"),
+    FieldFlag("--on-alarm", ("train.on_alarm",), ("sft", "distill"), TRAINING_PANEL, "ACTION"),
     FieldFlag("--keep", ("train.keep",), ("sft", "distill"), TRAINING_PANEL, "N"),
     FieldFlag("--dtype", ("student.dtype", "teacher.dtype"), TRAINING_VERBS, TRAINING_PANEL, "TYPE"),
     FieldFlag("--device", ("train.device",), TRAINING_VERBS, TRAINING_PANEL, "NAME"),

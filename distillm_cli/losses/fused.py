@@ -35,6 +35,7 @@ CHUNK_BYTES = (
 _CHUNK_TOKENS = 256  # tokens for products at full speed; 128 tokens reach 90 %
 _TABLE_BYTES = {"cpu": 2 * 2**20}  # size of one table of a part; several of them fit the last-level cache
 _ACCELERATOR_TABLE_BYTES = 64 * 2**20  # on an accelerator kernel launches cost more than cache misses
+_TOP_TOKENS = 16  # most likely tokens that are compared
 _VOCAB_SLICE = 4096  # entries of the vocabulary in one slice of the head's gradient
 
 
@@ -93,7 +94,7 @@ def fused_loss(
     if weights.kd:
         if teacher_hidden_ND is None or teacher_head is None or weights.divergence is None:
             raise ValueError("a divergence needs the teacher's hidden states and head")
-        teacher = _TeacherArgs(teacher_head, teacher_hidden_ND, weights.divergence)
+        teacher = _TeacherArgs(teacher_head, teacher_hidden_ND)
     args = _LossArgs(
         student_head=head,
         teacher=teacher,
@@ -142,6 +143,46 @@ def token_entropies(
     return _token_values(hidden_ND, args)
 
 
+AGREEMENT = ("student_entropy", "teacher_entropy", "top16_overlap", "top16_mass", "acceptance")
+
+
+@torch.no_grad()
+def token_agreement(
+    hidden_ND: Tensor,
+    head: HeadLike,
+    teacher_hidden_ND: Tensor,
+    teacher_head: HeadLike,
+    *,
+    matmul_dtype: torch.dtype | None = None,
+    chunk: int | None = None,
+) -> Tensor:
+    """Return the entropies of both models and their agreement at each position, [N, 5], without a graph.
+
+    The columns are ``AGREEMENT``: both entropies, nats; the share of the student's 16 most likely tokens that are among the
+    teacher's; the probability that the teacher gives to these shared tokens; and Σ min(p, q), which is 1 minus the total
+    variation distance and the rate at which the teacher accepts the student's drafts in speculative decoding.
+
+    Arguments and computation are those of ``fused_loss``.
+    """
+    targets_N = torch.zeros(len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
+    teacher = _TeacherArgs(teacher_head, teacher_hidden_ND)
+    none = LossWeights(kd=0.0, ce=0.0)
+    args = _LossArgs(
+        head,
+        teacher,
+        targets_N,
+        NO_WEIGHTS,
+        none,
+        matmul_dtype,
+        chunk,
+        None,
+        False,
+        losses=_agreement,
+        columns=len(AGREEMENT),
+    )
+    return _token_values(hidden_ND, args)
+
+
 @torch.no_grad()
 def token_divergences(
     hidden_ND: Tensor,
@@ -158,14 +199,14 @@ def token_divergences(
     Arguments and computation are those of ``fused_loss``.
     """
     targets_N = torch.zeros(len(hidden_ND), dtype=torch.int64, device=hidden_ND.device)
-    teacher = _TeacherArgs(teacher_head, teacher_hidden_ND, divergence)
+    teacher = _TeacherArgs(teacher_head, teacher_hidden_ND)
     weights = LossWeights(kd=1.0, ce=0.0, divergence=divergence)
     args = _LossArgs(head, teacher, targets_N, NO_WEIGHTS, weights, matmul_dtype, chunk, None, False)
     return _token_values(hidden_ND, args)
 
 
 def _token_values(hidden_ND: Tensor, args: _LossArgs) -> Tensor:
-    """Return what the arguments ask for at each position [N], without gradients."""
+    """Return what the arguments ask for at each position, [N] or [N, columns], without gradients."""
     head = args.student_head
     with torch.autocast(hidden_ND.device.type, enabled=False):
         return _values_and_grads((hidden_ND, head.weight_VD, head.bias_V), args, (False, False, False))[0]
@@ -173,18 +214,17 @@ def _token_values(hidden_ND: Tensor, args: _LossArgs) -> Tensor:
 
 @dataclass(frozen=True)
 class _TeacherArgs:
-    """Hold what a divergence needs of the teacher, and the divergence."""
+    """Hold what a divergence needs of the teacher."""
 
     head: HeadLike
     hidden_ND: Tensor
-    divergence: Divergence
 
 
 @dataclass(frozen=True)
 class _LossArgs:
     """Hold the arguments of a call, except the three tensors that autograd tracks.
 
-    losses: what is computed of each part; None: ``part_losses``.
+    losses: what is computed of each part; None: ``part_losses``. columns: number of its values per token; None: one.
     """
 
     student_head: HeadLike
@@ -199,6 +239,7 @@ class _LossArgs:
     scale: float = 1.0  # factor of the gradients, not of the token losses
     kernel: Kernel | None = None
     losses: Callable[[ChunkPart], PartLosses] | None = None
+    columns: int | None = None
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -408,6 +449,21 @@ def _entropies(part: ChunkPart) -> PartLosses:
     return q.entropy(), None
 
 
+def _agreement(part: ChunkPart) -> PartLosses:
+    """Return the columns of ``token_agreement`` in place of a loss."""
+    assert part.teacher is not None
+    assert part.teacher_RV is not None
+    q = TokenDistributions(part.student.logits(part.student_RV, part.exact), has_zeros=part.student.has_zeros)
+    p = TokenDistributions(part.teacher.logits(part.teacher_RV, part.exact), has_zeros=part.teacher.has_zeros)
+    top = min(_TOP_TOKENS, part.student.V)
+    of_q_RK, of_p_RK = (side.z_NV.topk(top, sorted=False).indices for side in (q, p))
+    is_shared_RK = (of_p_RK.unsqueeze(-1) == of_q_RK.unsqueeze(-2)).any(-1)
+    mass_R = (p.prob_NV.gather(-1, of_p_RK) * is_shared_RK).sum(-1)
+    accepted_R = torch.minimum(p.prob_NV, q.prob_NV).sum(-1)
+    overlap_R = is_shared_RK.to(part.exact).mean(-1)
+    return torch.stack([q.entropy(), p.entropy(), overlap_R, mass_R, accepted_R], dim=-1), None
+
+
 class _Computation:
     """Compute the whole loss once. It owns all memory that it allocates, so that a failed attempt frees it."""
 
@@ -429,7 +485,8 @@ class _Computation:
         self.d_bias_V = torch.zeros_like(bias_V, dtype=self.exact) if bias_V is not None and needed_grads[2] else None
         if weight_VD is not None and needed_grads[1]:  # the first chunk overwrites it
             self.d_weight_VD = (torch.empty_like if N else torch.zeros_like)(weight_VD, dtype=self.exact)
-        value_N = torch.empty(N, dtype=self.exact, device=hidden_ND.device)
+        shape = (N,) if self.args.columns is None else (N, self.args.columns)
+        value_N = torch.empty(shape, dtype=self.exact, device=hidden_ND.device)
         table_CV = self.student.new_table(chunk)
         teacher_table_CV = None if self.teacher is None else self.teacher.new_table(chunk)
         for tokens in _slices(N, chunk):

@@ -6,7 +6,7 @@ parallel, sharded) can gather or reduce every parameter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from itertools import accumulate
@@ -22,6 +22,7 @@ from distillm_cli.losses.fused import (
     Kernel,
     fused_loss,
     target_log_probs,
+    token_agreement,
     token_divergences,
     token_entropies,
 )
@@ -65,6 +66,8 @@ class StudentLoss(nn.Module):
         self.chunk: int | None = None  # tokens per chunk of the loss; None until memory runs out
         self.kernel: Kernel | None = None  # see ``kernels.choose_kernel``
         self.sharding: Sharding = NOT_SHARDED  # of the student
+        # Gets the states of both models at the tokens of a pass in training. The teacher's are None without a divergence.
+        self.observe: Callable[[Tensor, Tensor | None], None] | None = None
         # A function, so that a teacher head that is a Module does not become a submodule that is trained and saved.
         self._teacher_head = lambda: teacher_head
         self.extras: Mapping[str, Extra] = nn.ModuleDict(extras or {})  # type: ignore[assignment]  # it has Modules
@@ -175,6 +178,8 @@ class StudentLoss(nn.Module):
         if self.training and self.teacher_pass is not None:
             teacher_hidden_ND = self.teacher_pass.hidden(batches)
         hidden_ND, balance = self._hidden(batches)
+        if self.training and self.observe is not None:
+            self.observe(hidden_ND.detach(), None if teacher_hidden_ND is None else teacher_hidden_ND.detach())
         total = torch.zeros((), device=hidden_ND.device)
         if self.criterion.has_loss or not self.training:
             constant_ND = teacher_hidden_ND.detach() if weights.kd and teacher_hidden_ND is not None else None
@@ -256,6 +261,23 @@ class StudentLoss(nn.Module):
         kept = selection.indices(scores_N, rows_N)
         teacher_hidden_KD = None if teacher_hidden_ND is None else teacher_hidden_ND[kept]
         return hidden_ND[kept], targets_N[kept], teacher_hidden_KD, token_weights[kept]
+
+    def entropies(self, hidden_ND: Tensor) -> Tensor:
+        """Return the entropy [N] of the student's distribution at each of its states, nats, without a graph."""
+        return token_entropies(hidden_ND, self.student.head(), matmul_dtype=self.matmul_dtype, chunk=self.chunk)
+
+    def agreement(self, hidden_ND: Tensor, teacher_hidden_ND: Tensor) -> Tensor:
+        """Return the columns [N, 5] of ``token_agreement`` for states of both models."""
+        teacher_head = self._teacher_head()
+        assert teacher_head is not None
+        return token_agreement(
+            hidden_ND,
+            self.student.head(),
+            teacher_hidden_ND,
+            teacher_head,
+            matmul_dtype=self.matmul_dtype,
+            chunk=self.chunk,
+        )
 
     @torch.no_grad()
     def log_probs(

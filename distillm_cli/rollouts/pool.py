@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -25,6 +26,8 @@ from distillm_cli.types import LOG_DRAWN, LOG_P, LOG_Q, Rollout, Sequence
 
 # Names of the columns of ``Rollout.log_probs_NK`` in checkpoints.
 _LOG_PROBS = {LOG_Q: "log_probs.student", LOG_P: "log_probs.teacher", LOG_DRAWN: "log_probs.drawn"}
+
+_UNKNOWN = -1  # step of a rollout in checkpoints, if it is not known
 
 
 @dataclass
@@ -70,6 +73,8 @@ class SequencePool:
         self.teacher_sampling = teacher_sampling
         self.replay = new_buffer(scheduler, step_rows=len(rows(0)))
         self.counts = SampleCounts()
+        self.sampled_tokens = 0  # since this process started, the teacher's included
+        self.sampling_seconds = 0.0
         self.waiting: dict[int, list[Rollout]] = {}  # batches sampled ahead, by the step they were sampled for
         self._served: tuple[int, list[Rollout]] | None = None  # since ``begin_step``
         self._replay_before: list[Rollout] = []
@@ -111,7 +116,9 @@ class SequencePool:
         table = self.responses[source]
         is_teachers = source is Source.TEACHER
         with self.teacher_sampling() if is_teachers else self.sampling():  # the teacher samples in its own dtype
+            started = time.perf_counter()
             self._count(table.sample(step), is_teachers=is_teachers)
+            self.sampling_seconds += time.perf_counter() - started
         return table.batch(step)
 
     def _fresh(self, step: int) -> list[Rollout]:
@@ -125,10 +132,12 @@ class SequencePool:
             steps = self.scheduler.rollout_steps(step, len(self), adds=adds, count=self.bulk)
             batches = {future_step: self.rows(future_step) for future_step in steps if future_step not in self.waiting}
             assert self.student is not None
+            started = time.perf_counter()
             with self.sampling():
                 sampled = sample_together(self.student, [row for batch in batches.values() for row in batch], step)
+            self.sampling_seconds += time.perf_counter() - started
             self._count(sampled, is_teachers=False)
-            remaining = iter(sampled)
+            remaining = iter([replace(rollout, sampled_at=step) for rollout in sampled])
             for future_step, batch in batches.items():
                 self.waiting[future_step] = [next(remaining) for _ in batch]
         oldest = min(self.waiting)
@@ -146,6 +155,7 @@ class SequencePool:
 
     def _count(self, sampled: SequenceOf[Sequence], *, is_teachers: bool) -> None:
         tokens = sum(s.supervised for s in sampled)
+        self.sampled_tokens += tokens
         if is_teachers:
             self.counts.teacher_sequences += len(sampled)
             self.counts.teacher_tokens += tokens
@@ -353,6 +363,9 @@ def pack(rollouts: Iterable[Rollout], prefix: str) -> dict[str, Tensor]:
         f"{prefix}.prompts": flat("prompt"),
         f"{prefix}.responses": flat("response"),
     }
+    if any(s.sampled_at is not None for s in rollouts):
+        steps = [_UNKNOWN if s.sampled_at is None else s.sampled_at for s in rollouts]
+        tensors[f"{prefix}.sampled_at"] = torch.tensor(steps, dtype=torch.int64)
     log_probs = [s.log_probs_NK for s in rollouts if s.log_probs_NK is not None]
     if log_probs:
         for column, log_probs_N in enumerate(torch.cat(log_probs).unbind(-1)):
@@ -368,11 +381,19 @@ def unpack(tensors: dict[str, Tensor], prefix: str) -> list[Rollout]:
     columns = [tensors[name] for name in names if name in tensors]
     log_probs_NK = torch.stack(columns, -1) if columns else None
     rollouts = []
+    lengths = tensors[f"{prefix}.lengths"].tolist()
+    steps = tensors.get(f"{prefix}.sampled_at", torch.full((len(lengths),), _UNKNOWN)).tolist()  # an older checkpoint
     p = r = 0
-    for P, R, row in tensors[f"{prefix}.lengths"].tolist():
+    for (P, R, row), step in zip(lengths, steps, strict=True):
         row_log_probs_NK = None if log_probs_NK is None else log_probs_NK[r : r + R]
         rollouts.append(
-            Rollout(prompts[p : p + P].copy(), responses[r : r + R].copy(), row, log_probs_NK=row_log_probs_NK)
+            Rollout(
+                prompts[p : p + P].copy(),
+                responses[r : r + R].copy(),
+                row,
+                log_probs_NK=row_log_probs_NK,
+                sampled_at=None if step == _UNKNOWN else step,
+            )
         )
         p += P
         r += R

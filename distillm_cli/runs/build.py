@@ -28,12 +28,14 @@ from distillm_cli.rollouts.pool import ResponseTable, SequencePool
 from distillm_cli.rollouts.sampler import ModelSampler, Sampler
 from distillm_cli.rollouts.scheduler import Scheduler, Source, build_scheduler
 from distillm_cli.runs import output_dir
+from distillm_cli.runs.divergence_probe import divergence_probe
 from distillm_cli.runs.prepare import Prepared
 from distillm_cli.runs.server_checks import rollout_server
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note
+from distillm_cli.training.health import StepHealth
 from distillm_cli.training.state import RunInfo
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.training.validation import ScheduleProbe, Validator
@@ -92,6 +94,7 @@ def build_trainer(
         device=run.device,
         dtype=run.dtype,
         pass_overhead=run.pass_overhead,
+        cuts_outputs=recipe.rollout.prefix is not None,
         identity=lambda: {"recipe": fixed_values(recipe), "inputs": run.inputs},
     )
 
@@ -156,6 +159,7 @@ def build_trainer(
         score=None if score is None else scored,
         at_start=None if sharding.is_on else at_start,  # shards are not replaced: it is measured before the first step
         probe=probe,
+        divergences=None if teacher is None else divergence_probe(run, info),
         listener=listener,
     )
     checkpoints = Checkpoints(output / output_dir.CHECKPOINTS, save_model, keep=recipe.train.keep, listener=listener)
@@ -167,6 +171,13 @@ def build_trainer(
         checkpoints=checkpoints,
         config=recipe.train,
         run=info,
+        health=StepHealth(
+            student_loss,
+            pool,
+            every=recipe.train.health_every,
+            log_steps=recipe.train.log_steps,
+            stop_ids=run.student.stop_ids,
+        ),
         listener=listener,
     )
 

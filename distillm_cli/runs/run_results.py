@@ -100,6 +100,7 @@ class TrainResult:
     report: ``valid_loss`` and scores by model ("student_after", "teacher", …). teacher_cache, teacher_tokens: None
     without a teacher. baselines: of ``--compare``. findings: of the checks before the first step, empty after a resume.
     flops: estimate for the steps. energy_j: of the processors in J, with the stages before; None without counters.
+    alarms: ``alarm``, ``step``, ``message`` and ``cure`` of each. pushed: address that ``--push`` uploaded the directory to.
     """
 
     command: str
@@ -131,6 +132,8 @@ class TrainResult:
     flops: float | None = None
     energy_j: float | None = None
     machine: Mapping[str, str] = field(default_factory=dict)
+    alarms: tuple[Mapping[str, Any], ...] = ()
+    pushed: str | None = None
 
     @property
     def samples(self) -> tuple[Sample, ...]:
@@ -160,6 +163,7 @@ class TrainResult:
         found: dict[str, Any] = {"command": self.command, "status": "ok", "output": str(self.output)}
         left_out = {"summary", "baselines"}
         left_out |= {"teacher_cache", "teacher_tokens"} if self.teacher_cache is None else set()
+        left_out |= {"pushed"} if self.pushed is None else set()
         for item in fields(self):
             if item.name not in found and item.name not in left_out:
                 found[item.name] = getattr(self, item.name)

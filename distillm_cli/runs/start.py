@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.runs import output_dir
+from distillm_cli.runs.push import check_push, push_output
+from distillm_cli.runs.trackers import check_trackers
 from distillm_cli.training.events import Listener, Note
 
 if TYPE_CHECKING:
@@ -28,7 +30,8 @@ class TrainOptions:
     """Describe the handling of existing output and cache.
 
     compare: also train the baselines of ``runs.compare``. strict: a warning of ``runs.preflight`` is an error.
-    moved_inputs: dotted keys of inputs that are unchanged but whose paths may differ.
+    track: names of experiment trackers. push: name on the hub that the output directory is uploaded to; push_dry_run: only
+    list what would be. moved_inputs: dotted keys of inputs that are unchanged but whose paths may differ.
     """
 
     resume: bool = False
@@ -36,6 +39,9 @@ class TrainOptions:
     rebuild_teacher_cache: bool = False
     compare: bool = False
     strict: bool = False
+    track: tuple[str, ...] = ()
+    push: str | None = None
+    push_dry_run: bool = False
     moved_inputs: Collection[str] = ()
 
 
@@ -57,10 +63,13 @@ def start_training(
         for flag, is_given in (
             ("--compare", options.compare),
             ("--rebuild-teacher-cache", options.rebuild_teacher_cache),
+            ("--track", bool(options.track)),
         ):
             if is_given:
                 raise embeddings_error(flag)
     # Checked before rows are read, which takes longer.
+    check_trackers(options.track)
+    check_push(options.push, dry_run=options.push_dry_run)
     is_new = output_dir.check_output(output, resume=options.resume, overwrite=options.overwrite)
     output_dir.check_shared(output)
     if options.overwrite:
@@ -75,7 +84,11 @@ def start_training(
             listener(Note(note))
         from distillm_cli.runs.train import train  # imports torch, while the rows are read and tokenized
 
-        return train(command, resolved, output, listener, options, prefetcher)
+        result = train(command, resolved, output, listener, options, prefetcher)
+        if options.push is not None:
+            address = push_output(output, options.push, listener, dry_run=options.push_dry_run)
+            result = replace(result, pushed=address)
+        return result
 
 
 def embeddings_error(flag: str) -> UsageError:

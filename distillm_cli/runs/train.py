@@ -68,6 +68,7 @@ from distillm_cli.runs.stages import (
     start_trainer,
 )
 from distillm_cli.runs.start import TrainOptions
+from distillm_cli.runs.trackers import RunTrackers
 from distillm_cli.training.checkpoint import Checkpoint, read_checkpoint, visible
 from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note, Warned
@@ -193,7 +194,9 @@ def train(
         with EnergyMeter() as energy:
             run = run_prior_stages(run, stages, resolved, output, checkpoints, teacher, listener)
             training = _Training(command, run, resolved, output, checkpoints.run, teacher, started, findings, energy)
-            result = _train(training, listener)
+            with RunTrackers(options.track, output, resolved, listener, options.resume).running() as trackers:
+                result = _train(training, trackers)
+                trackers.finish(result)
         report_checkpoints(output, resolved.recipe.train.keep, listener)
         write_page(resolved.recipe, output, listener)
         return result
@@ -427,6 +430,7 @@ def _result(
         report={name.replace(" ", "_"): {"valid_loss": m.valid_loss} | m.scores for name, m in models.items()},
         summary=summary,
         findings=tuple(finding.as_json() for finding in training.findings),
+        alarms=tuple(alarm.as_json() for alarm in trainer.alarms.raised),
         teacher_cache=None if teacher is None else teacher.facts(),
         teacher_tokens=None if teacher is None else teacher.teacher.total_tokens(),
     )

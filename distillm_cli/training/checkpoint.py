@@ -51,7 +51,7 @@ class Checkpoints:
     """Manage the checkpoints of one run, under ``root``.
 
     save_model: writes the student and its tokenizer into a directory. keep: number of newest checkpoints to keep, at
-    least one during the run. An older one that is protected (the best) keeps its weights only.
+    least one during the run. An older one that is protected (the best, and that of the first alarm) is not removed.
     listener: receives one warning for each old checkpoint that cannot be removed.
     """
 
@@ -70,11 +70,17 @@ class Checkpoints:
         return [int(path.name[5:]) for path in visible(self.root)]
 
     def write(
-        self, step: int, state: Mapping[str, Any], tensors: dict[str, Tensor], *, protect: int | None = None
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        tensors: dict[str, Tensor],
+        *,
+        protect: Mapping[int, bool] | None = None,
     ) -> Path:
-        """Write the checkpoint of ``step``, then remove all but the newest ``keep`` and the weights of the protected one.
+        """Write the checkpoint of ``step``, then remove all but the newest ``keep`` and the protected ones.
 
-        Raises StorageError if writing fails; earlier checkpoints are then unchanged.
+        protect: whether an older checkpoint is kept whole, by its step, and not its weights alone. Raises StorageError if
+        writing fails; earlier checkpoints are then unchanged.
         """
         final = self.path(step)
         visible_before = visible(self.root)
@@ -92,10 +98,11 @@ class Checkpoints:
                 files = [path for path in staged.rglob("*") if path.is_file()]
                 manifest.seal_directory(staged, files, step=step)
         old = self.steps()[: -max(self.keep, 1)]
-        if protect in old:
-            with storing(f"cannot write to {self.path(protect)}", hint):
-                drop_training_state(self.path(protect))
-        dropped = [self.path(number) for number in old if number != protect and self._drop(self.path(number))]
+        protect = protect or {}
+        for number in (number for number, is_whole in protect.items() if number in old and not is_whole):
+            with storing(f"cannot write to {self.path(number)}", hint):
+                drop_training_state(self.path(number))
+        dropped = [self.path(number) for number in old if number not in protect and self._drop(self.path(number))]
         if dropped:
             with storing(f"cannot write to {self.root.parent}", hint):
                 self._record([], removed=dropped)

@@ -69,7 +69,7 @@ class RunStarted(Event):
 class Stepped(Event):
     """Report an optimizer step, counted from 1. loss: mean per supervised token, nats. seconds: wall time of this step.
 
-    figures: further figures of the method, by name.
+    figures: further figures of the method, by name. health: those of ``training.health``.
     """
 
     step: int
@@ -82,6 +82,10 @@ class Stepped(Event):
     tokens: int
     seconds: float
     figures: dict[str, float] = field(default_factory=dict)
+    health: dict[str, float] = field(default_factory=dict)
+
+
+STEP_KEYS = ("step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds")  # in each step's line
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,25 @@ class Validated(Event):
     best: bool = False
     scores: dict[str, float | None] = field(default_factory=dict)
     trigger: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Alarmed(Event):
+    """Report that the figures of the run show a problem (``training.alarms``). cure: settings to try."""
+
+    step: int
+    name: str
+    message: str
+    cure: str
+
+    @property
+    def text(self) -> str:
+        """Return the alarm as one line."""
+        return f"step {self.step:,}: {self.message}; {self.cure}"
+
+    def as_json(self) -> dict[str, object]:
+        """Return the alarm as in metrics.jsonl and results."""
+        return {"alarm": self.name, "step": self.step, "message": self.message, "cure": self.cure}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Write ``metrics.jsonl``: one line per logged step and per validation, and no incomplete lines."""
+"""Write ``metrics.jsonl``: one line per logged step, per validation and per alarm, and no incomplete lines."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from typing import Any
 
 from distillm_cli.config.schema import TrainConfig
 from distillm_cli.training.distributed import world
-from distillm_cli.training.events import Event, Listener, Stepped, Validated, silent
+from distillm_cli.training.events import STEP_KEYS, Alarmed, Event, Listener, Stepped, Validated, silent
 from distillm_cli.utils.storage import atomic_write, storing
-
-_STEP_KEYS = ("step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds")
 
 
 class MetricsLog:
@@ -32,11 +30,13 @@ class MetricsLog:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Stepped) and event.step % self.log_steps == 0:
-            line = {key: getattr(event, key) for key in _STEP_KEYS} | event.figures
+            line = {key: getattr(event, key) for key in STEP_KEYS} | event.figures | event.health
             self._write({key: _short(value) for key, value in line.items()})
         elif isinstance(event, Validated):
             line = {"step": event.step, "valid_loss": _short(event.valid_loss), "phi": _short(event.phi)}
             self._write(line | {key: _short(value) for key, value in event.scores.items()})
+        elif isinstance(event, Alarmed):
+            self._write(event.as_json())
 
     def _write(self, line: Mapping[str, object]) -> None:
         # One write call per line, so that a killed process leaves no incomplete line.

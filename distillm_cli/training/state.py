@@ -20,7 +20,8 @@ class RunInfo:
     """Describe a run to its trainer.
 
     steps: optimizer steps of the run. pass_overhead: see ``length_groups``. dtype: of autocast; float32 turns it off.
-    identity: returns the values that a resume must not change, which checkpoints contain.
+    cuts_outputs: whether student outputs are cut on purpose. identity: returns the values that a resume must not change,
+    which checkpoints contain.
     """
 
     steps: int
@@ -29,6 +30,7 @@ class RunInfo:
     device: torch.device = _CPU
     dtype: torch.dtype = torch.float32
     pass_overhead: int = MIN_PASS_OVERHEAD
+    cuts_outputs: bool = False
     identity: Callable[[], dict[str, Any]] = dict
 
     def autocast(self) -> torch.autocast:
@@ -41,8 +43,8 @@ class TrainerState:
     """Hold the state that changes from step to step. Checkpoints contain all of it.
 
     sources: steps by source. source_seconds: their seconds, without validations and checkpoints. stale: validations since
-    the last improvement. validation_due: whether the step's validation is still to be made, after it failed. reason: "done"
-    or "early stop".
+    the last improvement. alarm_step: that of the first alarm. validation_due: whether the step's validation is still to be
+    made, after it failed. reason: "done" or "early stop".
     """
 
     step: int = 0
@@ -58,6 +60,7 @@ class TrainerState:
     best: float | None = None
     best_step: int | None = None
     stale: int = 0
+    alarm_step: int | None = None
     validation_due: bool = False
     reason: str = "done"
 
@@ -73,6 +76,14 @@ class TrainerState:
         restored.phis = [(step, phi) for step, phi in restored.phis]
         restored.reason = "done"
         return restored
+
+    def add_step(self, source: Source, loss: float, tokens: int, seconds: float) -> None:
+        """Count a step. tokens: supervised tokens that it trained on."""
+        self.step += 1
+        self.tokens += tokens
+        self.train_loss = loss
+        self.sources[source.value] += 1
+        self.source_seconds[source.value] = self.source_seconds.get(source.value, 0.0) + seconds
 
     def steps_with(self, source: Source) -> int:
         """Return the number of steps that trained on this source, alone or with another."""

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from distillm_cli.config.schema import TrainConfig
-from distillm_cli.errors import Interrupted, ServerError
+from distillm_cli.errors import AlarmError, Interrupted, ServerError
 from distillm_cli.losses.objectives import Objective, SourceBatch, TokenLogProbs
 from distillm_cli.losses.student_loss import StudentLoss, concatenate
 from distillm_cli.losses.weights import CROSS_ENTROPY, NO_WEIGHTS, LossWeights, TokenWeights
 from distillm_cli.rollouts.pool import SequencePool, freshness
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.teachers.local import LocalTeacher
+from distillm_cli.training.alarms import AlarmWatch, History
 from distillm_cli.training.announce import phi_advice, resume_advice, run_started
 from distillm_cli.training.checkpoint import Checkpoint, Checkpoints, all_random_states, restore_random_states
 from distillm_cli.training.distributed import world
-from distillm_cli.training.events import Listener, Note, RunEnded, Saved, Stepped, Validated, silent
+from distillm_cli.training.events import Alarmed, Listener, Note, RunEnded, Saved, Stepped, Validated, silent
+from distillm_cli.training.health import StepHealth
 from distillm_cli.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from distillm_cli.training.recovery import MicroBatch, Recovery, check_finite
 from distillm_cli.training.sharding import full_tensor
@@ -39,7 +41,8 @@ class Trainer:
     """Train a student for ``run.steps`` optimizer steps.
 
     student_loss: the student inside its objective. pool: source of sequences. teacher: None for SFT. validator:
-    measures validation rows. checkpoints: None saves nothing. config: the recipe's ``train`` section.
+    measures validation rows. checkpoints: None saves nothing. config: the recipe's ``train`` section. health: measures the
+    steps; None: their speed alone.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Trainer:
         checkpoints: Checkpoints | None,
         config: TrainConfig,
         run: RunInfo,
+        health: StepHealth | None = None,
         listener: Listener = silent,
     ):
         self.student_loss = student_loss
@@ -62,6 +66,8 @@ class Trainer:
         self.checkpoints = checkpoints
         self.config = config
         self.run = run
+        self.health = health or StepHealth(student_loss, pool)
+        self.alarms = AlarmWatch(History(run.steps, config.select != "last", run.cuts_outputs))
         self.dist = world()
         self.emit = listener
         self.state = TrainerState()
@@ -109,7 +115,9 @@ class Trainer:
                 if (advice := phi_advice(self)) is not None:
                     self.emit(Note(advice))
                 self._stop_when_stale()
-                signal = max(self.dist.gather(lambda: stop.signal or 0))  # one process's stops all
+                found = self.dist.gather(lambda: (stop.signal or 0, self.alarms.take()))
+                signal = max(number for number, _ in found)  # one process's stops all
+                self._report_alarms(found[0][1])
                 if self._is_due(self.config.save_steps) or signal or self.state.reason != "done":
                     self.save()
                 if signal and self.state.step < self.run.steps:
@@ -130,6 +138,7 @@ class Trainer:
                 drawn = self.pool.draw(source, step)
                 sequences = [s for batch in drawn for s in batch.sequences]
                 micro_batches = attempt.split(drawn)
+                self.health.begin_attempt(step + 1, micro_batches)
                 token_weights = self._begin_step(micro_batches, progress)
                 drawn_by_extras = self.student_loss.begin_step([micro.rows for micro in micro_batches], step)
                 count = self.objective.count(sequences)
@@ -142,6 +151,7 @@ class Trainer:
                     hidden_ND = micro.teacher_hidden_ND
                     if weights.kd and hidden_ND is None and self.student_loss.teacher_pass is None:
                         hidden_ND = self._teacher_hidden(micro, batches)
+                    self.health.observe(micro)
                     total += self._forward_backward(
                         batches, hidden_ND, weights, per_token, 1 / count, micro.source, extra
                     )
@@ -159,12 +169,8 @@ class Trainer:
 
         tokens = sum(s.supervised for s in sequences)
         seconds = time.perf_counter() - started
-        self.state.step = step + 1
-        self.state.tokens += tokens
-        self.state.train_loss = loss
-        self.state.sources[source.value] += 1
-        self.state.source_seconds[source.value] = self.state.source_seconds.get(source.value, 0.0) + seconds
-        self.emit(
+        self.state.add_step(source, loss, tokens, seconds)
+        self._report_figures(
             Stepped(
                 step=step + 1,
                 epoch=(step + 1) / self.run.steps_per_epoch,
@@ -176,6 +182,7 @@ class Trainer:
                 tokens=tokens,
                 seconds=seconds,
                 figures=self.student_loss.figures(),
+                health=self.health.figures(drawn, seconds),
             )
         )
 
@@ -333,7 +340,8 @@ class Trainer:
             state.best = value
         scores = dict(state.scores)
         rose = phi > previous_phi
-        self.emit(Validated(step, state.valid_loss, phi, rose, is_better or is_tie, scores, self.scheduler.trigger))
+        trigger = self.scheduler.trigger
+        self._report_figures(Validated(step, state.valid_loss, phi, rose, is_better or is_tie, scores, trigger))
         if is_better or is_tie:
             state.best_step = step
             state.stale = state.stale + 1 if is_tie else 0
@@ -351,6 +359,29 @@ class Trainer:
     def _is_due(self, every: int | Literal["epoch"]) -> bool:
         steps = every if isinstance(every, int) else self.run.steps_per_epoch
         return self.state.step % steps == 0 or self.state.step == self.run.steps
+
+    def _report_figures(self, event: Stepped | Validated) -> None:
+        self.emit(event)
+        self.alarms.observe(event)
+
+    def _report_alarms(self, alarms: list[Alarmed]) -> None:
+        """Report the alarms of a step. A checkpoint of the first one is kept. Raises AlarmError if they stop the run."""
+        for alarm in alarms:
+            self.emit(alarm)
+        if not alarms:
+            return
+        if self.state.alarm_step is None:
+            self.state.alarm_step = self.state.step
+            self.save()
+        if self.config.on_alarm == "stop" and self.state.step < self.run.steps:
+            self.save()
+            self.emit(RunEnded(self.state.step, "stopped by an alarm", self.state.seconds))
+            raise AlarmError(
+                "alarm.stopped",
+                f"the alarm {alarms[0].name} stopped the run at step {self.state.step} of {self.run.steps}",
+                where=alarms[0].message,
+                hint=f"{alarms[0].cure}; or continue with --resume --on-alarm warn",
+            )
 
     def _raise_interrupted(self, signal_number: int) -> None:
         self.emit(RunEnded(self.state.step, "interrupted", self.state.seconds))
@@ -375,6 +406,7 @@ class Trainer:
             "progress": dict(vars(self.state)),
             "scheduler": self.scheduler.state_dict(),
             "objective": self.objective.state_dict(),
+            "alarms": self.alarms.state_dict(),
             "pool": pool,
             **({} if self.teacher is None else self.teacher.state_dict()),
             **({} if self.dist.size == 1 else {"processes": self.dist.size}),
@@ -382,11 +414,16 @@ class Trainer:
         }
         tensors = optimizer_tensors(self.optimizer) | all_random_states(self.run.device) | pool_tensors
         tensors |= self.student_loss.extra_tensors()
-        write = partial(self.checkpoints.write, self.state.step, state, tensors, protect=self.state.best_step)
+        write = partial(self.checkpoints.write, self.state.step, state, tensors, protect=self._protected())
         with self.student_loss.sharding.whole(for_saving=True):
             path = self.dist.broadcast(write)
         self.saved_step = self.state.step
         self.emit(Saved(self.state.step, str(path)))
+
+    def _protected(self) -> dict[int, bool]:
+        """Return the steps whose checkpoints are kept, and whether to keep them whole, and not their weights alone."""
+        best, alarm = self.state.best_step, self.state.alarm_step
+        return ({} if best is None else {best: False}) | ({} if alarm is None else {alarm: True})
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Restore the state of a checkpoint. The caller loads the student's weights."""
@@ -395,6 +432,8 @@ class Trainer:
         self.saved_step = self.state.step
         self.scheduler.load_state_dict(state["scheduler"])
         self.objective.load_state_dict(state["objective"])
+        if "alarms" in state:  # not in an older checkpoint
+            self.alarms.load_state_dict(state["alarms"])
         self.pool.load_state_dict(state["pool"], tensors)
         self.student_loss.load_extra_tensors(tensors)
         self.student_loss.load_extra_weights(checkpoint.path)

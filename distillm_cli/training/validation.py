@@ -11,6 +11,7 @@ import torch
 
 from distillm_cli.config.fields import is_lower_better
 from distillm_cli.config.schedule import HELD_OUT_LOSS, OUTPUT_LOSS
+from distillm_cli.losses.divergences import KL, ReverseKL
 from distillm_cli.losses.objectives import CrossEntropy
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.losses.weights import CROSS_ENTROPY, LossWeights
@@ -73,47 +74,21 @@ def mean_loss(
     return mean.item()
 
 
-class ScheduleProbe:
-    """Measure, on a sample of the validation rows, the figures that the schedule needs.
+class RowProbe:
+    """Measure means over a sample of the validation rows.
 
-    rows: the sample. batch_rows: rows of a forward pass, fewer if memory runs out. figures: ``ScheduleConfig.measures``.
-    sampler: of student outputs; None if the loss on them is not needed. sampling: the context for sampling.
+    rows: the sample. batch_rows: rows of a forward pass, fewer if memory runs out.
     """
 
-    def __init__(
-        self,
-        rows: SequenceOf[Sequence],
-        run: RunInfo,
-        teacher: LocalTeacher,
-        *,
-        batch_rows: int,
-        figures: frozenset[str],
-        sampler: Sampler | None,
-        sampling: Callable[[], AbstractContextManager[None]],
-    ):
+    def __init__(self, rows: SequenceOf[Sequence], run: RunInfo, teacher: LocalTeacher, *, batch_rows: int):
         self.rows = rows
         self.run = run
         self.teacher = teacher
         self.batch_rows = batch_rows
-        self.figures = figures
-        self.sampler = sampler
-        self.sampling = sampling
 
-    def measure(self, student_loss: StudentLoss, step: int) -> dict[str, float | None]:
-        """Return the figures by name, means per token in nats. The caller sets evaluation mode and ``no_grad``."""
-        measured: dict[str, float | None] = {}
-        progress = step / self.run.steps
-        if HELD_OUT_LOSS in self.figures:
-            weights = student_loss.criterion.weights(Source.DATASET, progress)
-            measured[HELD_OUT_LOSS] = self._mean(student_loss, self.rows, weights)
-        if self.sampler is not None:
-            with self.sampling():
-                outputs = sample_together(self.sampler, self.rows, step)
-            weights = student_loss.criterion.weights(Source.ROLLOUT, progress)
-            measured[OUTPUT_LOSS] = self._mean(student_loss, outputs, weights)
-        return measured
+    def mean(self, student_loss: StudentLoss, sequences: SequenceOf[Sequence], weights: LossWeights) -> float:
+        """Return ``mean_loss`` of these sequences."""
 
-    def _mean(self, student_loss: StudentLoss, sequences: SequenceOf[Sequence], weights: LossWeights) -> float:
         def attempt() -> float:
             batches = length_groups(sequences, self.batch_rows, self.run.pass_overhead)
             return mean_loss(batches, weights, student_loss, self.run, self.teacher)
@@ -127,13 +102,73 @@ class ScheduleProbe:
         return True
 
 
+class DivergenceProbe(RowProbe):
+    """Measure both KL divergences between teacher and student on a sample of the validation rows."""
+
+    def measure(self, student_loss: StudentLoss) -> dict[str, float | None]:
+        """Return the figures by name, means per token in nats. The caller sets evaluation mode and ``no_grad``."""
+        divergences = {"kl_teacher_student": KL(), "kl_student_teacher": ReverseKL()}
+        return {
+            name: self.mean(student_loss, self.rows, LossWeights(1.0, 0.0, divergence))
+            for name, divergence in divergences.items()
+        }
+
+
+class ScheduleProbe(RowProbe):
+    """Measure, on a sample of the validation rows, the figures that the schedule needs.
+
+    figures: ``ScheduleConfig.measures``. sampler: of student outputs; None if the loss on them is not needed. sampling: the
+    context for sampling.
+    """
+
+    def __init__(
+        self,
+        rows: SequenceOf[Sequence],
+        run: RunInfo,
+        teacher: LocalTeacher,
+        *,
+        batch_rows: int,
+        figures: frozenset[str],
+        sampler: Sampler | None,
+        sampling: Callable[[], AbstractContextManager[None]],
+    ):
+        super().__init__(rows, run, teacher, batch_rows=batch_rows)
+        self.figures = figures
+        self.sampler = sampler
+        self.sampling = sampling
+
+    def measure(self, student_loss: StudentLoss, step: int) -> dict[str, float | None]:
+        """Return the figures by name, means per token in nats. The caller sets evaluation mode and ``no_grad``."""
+        measured: dict[str, float | None] = {}
+        progress = step / self.run.steps
+        if HELD_OUT_LOSS in self.figures:
+            weights = student_loss.criterion.weights(Source.DATASET, progress)
+            measured[HELD_OUT_LOSS] = self.mean(student_loss, self.rows, weights)
+        if self.sampler is not None:
+            with self.sampling():
+                outputs = sample_together(self.sampler, self.rows, step)
+            weights = student_loss.criterion.weights(Source.ROLLOUT, progress)
+            measured[OUTPUT_LOSS] = self.mean(student_loss, outputs, weights)
+        return measured
+
+
+def sample_rows(rows: SequenceOf[Sequence], *, least_rows: int, least_tokens: int) -> list[Sequence]:
+    """Return evenly spaced rows, at least so many and with at least so many supervised tokens, if there are."""
+    count = min(least_rows, len(rows))
+    while True:
+        chosen = [rows[i * len(rows) // count] for i in range(count)]
+        if count == len(rows) or sum(s.supervised for s in chosen) >= least_tokens:
+            return chosen
+        count = min(2 * count, len(rows))
+
+
 class Validator:
     """Compute means per token over the validation rows, batch by batch, in smaller batches if memory runs out.
 
     batches: validation rows, may be empty. select: the quantity that selects checkpoints. teacher: for a divergence.
     score: returns further figures by name, computed at each validation. at_start: a context in which the student has its
     initial weights; the loss before training is then measured at the first validation, not before the first step. probe:
-    measures what the schedule needs.
+    measures what the schedule needs. divergences: measures the divergences to the teacher.
     """
 
     def __init__(
@@ -146,6 +181,7 @@ class Validator:
         score: Callable[[], dict[str, float | None]] | None = None,
         at_start: Callable[[], AbstractContextManager[None]] | None = None,
         probe: ScheduleProbe | None = None,
+        divergences: DivergenceProbe | None = None,
         listener: Listener,
     ):
         self.batches = list(batches)
@@ -155,6 +191,7 @@ class Validator:
         self.score = score
         self.at_start = at_start
         self.probe = probe
+        self.divergences = divergences
         self.emit = listener
 
     def measure(self, student_loss: StudentLoss, step: int) -> tuple[float, dict[str, float | None]]:
@@ -168,6 +205,8 @@ class Validator:
                 scores["teacher_loss"] = self.cross_entropy(trained.teacher, student_loss)
             for extra in student_loss.extras.values():
                 scores |= world().gather(partial(extra.measure, self.batches, self.run))[0]  # the same in all processes
+            if self.divergences is not None:
+                scores |= self.divergences.measure(student_loss)
             if self.probe is not None and step > 0:  # the schedule compares with steps taken
                 scores |= self.probe.measure(student_loss, step)
         return valid_loss, scores

@@ -27,6 +27,7 @@ from rich.text import Text
 
 from distillm_cli.runs.run_results import EvalResult, FineTuned, Result, StageFinished, TrainResult
 from distillm_cli.training.events import (
+    Alarmed,
     Event,
     Note,
     Progress,
@@ -153,6 +154,8 @@ class Console:
     def __call__(self, event: Event) -> None:
         if isinstance(event, Warned):
             return self._print_line(Text.assemble(("warning: ", f"bold {BAD}"), event.text))
+        if isinstance(event, Alarmed):
+            return self._print_line(Text.assemble(("alarm: ", f"bold {BAD}"), event.text))
         if self.quiet:
             return None
         if isinstance(event, FineTuned | StageFinished):
@@ -386,6 +389,10 @@ def _stepped(run: RunState, now: float) -> Text:
         parts.append(f"φ {run.phi:.2f}")
     if run.shows_sources:
         parts.append(" ".join(f"{name} {format_percent(share)}" for name, share in run.shares()))
+    if "acceptance" in run.health:
+        parts.append(f"acceptance {format_percent(run.health['acceptance'])}")
+    if "rollout_cut" in run.health:
+        parts.append(f"cut {format_percent(run.health['rollout_cut'])}")
     parts.append(f"lr {run.lr:.1e}")
     if rate is not None:
         parts.append(f"{format_count(rate)} tokens/s")
@@ -406,7 +413,11 @@ def _validated(event: Validated, run: RunState, phi: float, unreported: tuple[fl
     parts = [Text(_step(event.step, run)), value]
     if run.started.steps_per_epoch:
         parts.insert(1, Text(f"epoch {event.step / run.started.steps_per_epoch:.1f}"))
-    names = {"valid_divergence": f"valid {run.started.divergence}"}
+    names = {
+        "valid_divergence": f"valid {run.started.divergence}",
+        "kl_teacher_student": "KL",
+        "kl_student_teacher": "reverse KL",
+    }
     for name, figure in event.scores.items():
         title = names.get(name, name.replace("_", " "))
         parts.append(Text(f"{title} –" if figure is None else f"{title} {figure:.3f}"))

@@ -77,6 +77,7 @@ class RunState:
         self.lr = 0.0
         self.grad_norm = 0.0
         self.figures: dict[str, float] = {}
+        self.health: dict[str, float] = {}  # the latest of each figure
         self.memory = Memory()
         self._moment = 0.0
         self._weight = 0.0
@@ -109,6 +110,7 @@ class RunState:
         self.lr = event.lr
         self.grad_norm = event.grad_norm
         self.figures = event.figures
+        self.health |= event.health
         self.sources[event.source] += 1
         self._recent.append((event.tokens, event.seconds))
 
@@ -186,7 +188,7 @@ def render_display(
     shown = [task for task in tasks.values() if now - task.started >= min_seconds]
     if run is None:
         return Padding(_tasks(shown, now), (0, 2)) if shown else Group()
-    if height < (10 if width >= WIDE else 13) + 4:
+    if height < (10 if width >= WIDE else 13) + len(_health(run.health)) + 4:
         return Padding(_progress(run, now, width), (0, 2))
     return _panel(run, shown, now, width)
 
@@ -269,6 +271,23 @@ def _main_figures(run: RunState, width: int) -> list[tuple[str, Text]]:
         rows.append(("φ", gauge.append(_trigger(run), "dim")))
     if run.shows_sources:
         rows.append(("sources", stacked_bar(run.shares(), min(width, CURVE_POINTS + 7))))
+    return rows + _health(run.health)
+
+
+def _health(health: Mapping[str, float]) -> list[tuple[str, Text]]:
+    """Return the lines of student outputs and of the agreement with the teacher, once they were measured."""
+    rows = []
+    if "rollout_length" in health:
+        parts = [f"{health['rollout_length']:.0f} tokens (90%: {health['rollout_length_p90']:.0f})"]
+        parts += [f"{format_percent(health['rollout_cut'])} cut"] if "rollout_cut" in health else []
+        parts += [f"distinct-2 {health['rollout_distinct2']:.2f}"] if "rollout_distinct2" in health else []
+        rows.append(("outputs", Text(" · ".join(parts))))
+    if "acceptance" in health:
+        top = f"top 16 {format_percent(health['top16_overlap'])}"
+        rows.append(("agreement", Text(f"acceptance {format_percent(health['acceptance'])} · {top}")))
+    if "student_entropy" in health:
+        teacher = f" · teacher {health['teacher_entropy']:.2f}" if "teacher_entropy" in health else ""
+        rows.append(("entropy", Text(f"{health['student_entropy']:.2f}{teacher}")))
     return rows
 
 

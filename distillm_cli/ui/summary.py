@@ -59,6 +59,8 @@ def train_summary(result: TrainResult) -> Iterator[RenderableType]:
     yield from outcome_tables(summary)
     if summary.gap is not None:
         yield summary.gap
+    for alarm in result.alarms:
+        yield f"Alarm at step {alarm['step']:,}: {alarm['message']}; {alarm['cure']}."
     if summary.samples:
         yield samples_table(summary.samples)
     if summary.schedule is None:

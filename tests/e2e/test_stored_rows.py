@@ -51,7 +51,9 @@ def write_rows(count):
 def bits(output):
     """Return the weights and the figures of a run, without its times."""
     lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    figures = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    figures = [
+        {key: value for key, value in line.items() if not key.endswith(("seconds", "_per_second"))} for line in lines
+    ]
     return (Path(output) / "model.safetensors").read_bytes(), figures
 
 

@@ -28,6 +28,7 @@ AREAS = {
     "StorageError": "storage",
     "PeerProcessError": "process",
     "ServerError": "server",
+    "AlarmError": "alarm",
 }
 WITH_FIXED_CODE = {"Interrupted"}  # the constructor sets the code
 

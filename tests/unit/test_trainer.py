@@ -635,7 +635,8 @@ def test_resume_removes_later_metrics_lines(tmp_path):
     build(method="adaptive", steps=6, listener=log).train()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6]
-    assert set(lines[1]) == {"step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds"}
+    figures = {"step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds"}
+    assert set(lines[1]) == figures | {"train_tokens_per_second"}
     assert [line["step"] for line in lines if "valid_loss" in line] == [0, 3, 6]
 
     path.write_bytes(path.read_bytes() + b'[1]\n5\n"\xff"\n{"step": 7, "lo')  # with invalid lines
