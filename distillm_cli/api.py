@@ -405,7 +405,7 @@ def train_recipe(
         config = resolved.recipe
         student = config.student.path or "student"
         place = output_dir.default_name(
-            resolved.name, config.data.source, student, config.method, resume=options.resume
+            resolved.name, config.data.names[0], student, config.method, resume=options.resume
         )
     recipe_file = str(recipe) if isinstance(recipe, str | Path) else None
     result = start_training(verb, resolved, place, listener, options, recipe_file=recipe_file, notes=notes)
@@ -443,7 +443,7 @@ def plan_recipe(
         return plan_pipeline(pipeline, listener, processes)
     resolved = fitted(resolve(command="plan", recipe=recipe, flags=flags, sets=sets))
     check_complete(resolved.recipe)
-    if resolved.origin["data.source"] == "default":
+    if resolved.origin["data.source"] == "default" and not resolved.recipe.data.sources:
         listener(Note("no --data: planned for Dolly (data.source dolly)"))
     line = fitted_line(resolved)
     if line is not None:

@@ -98,7 +98,9 @@ class PackedSequences(SequenceOf[Sequence]):
     def __getitem__(self, index: int | slice) -> Sequence | list[Sequence]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row = range(len(self))[index]
+        return self._row(range(len(self))[index])
+
+    def _row(self, row: int) -> Sequence:
         prompt, response, turns = self._sizes_S3[row].tolist()
         end = int(self._ends[row])
         cut = end - response
@@ -107,6 +109,33 @@ class PackedSequences(SequenceOf[Sequence]):
             turn_end = int(self._turn_ends[row])
             own_turns = self._turns[turn_end - turns : turn_end]
         return Sequence(self._ids[cut - prompt : cut], self._ids[cut:end], row, own_turns, table=self)
+
+
+class SequenceView(PackedSequences):
+    """Present the sequences of several tables as one table, in any order, without copying them.
+
+    places_S2: for each sequence, the number of its table and its index there.
+    """
+
+    def __init__(self, tables: SequenceOf[PackedSequences], places_S2: np.ndarray):
+        self._tables = tables
+        self._places_S2 = places_S2
+        starts = np.cumsum([0, *map(len, tables)])
+        sizes_S3 = np.concatenate([table._sizes_S3 for table in tables])
+        self._sizes_S3 = sizes_S3[starts[places_S2[:, 0]] + places_S2[:, 1]]
+        digest = hashlib.sha256(b"view" + "".join(table.digest for table in tables).encode())
+        digest.update(np.ascontiguousarray(places_S2, dtype=np.int64).tobytes())
+        self.digest = digest.hexdigest()
+
+    @classmethod
+    def joined(cls, tables: SequenceOf[PackedSequences]) -> SequenceView:
+        """Return all sequences of the tables, one table after the other."""
+        of_table = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+        return cls(tables, np.stack((of_table, np.concatenate([np.arange(len(table)) for table in tables])), axis=1))
+
+    def _row(self, row: int) -> Sequence:
+        table, index = self._places_S2[row].tolist()
+        return replace(self._tables[table][index], row=row, table=self)
 
 
 class SequencePacker:

@@ -157,6 +157,8 @@ def _value(schema: Schema, definitions: dict[str, Schema]) -> Schema:
             part = [_value(option, definitions) for option in part]
         elif name == "items":
             part = _value(part, definitions)
+        elif name == "properties":
+            part = {key: _value(schema, definitions) for key, schema in part.items()}
         found["anyOf" if name == "oneOf" else name] = part
     return found
 

@@ -63,8 +63,10 @@ _ADVERSARIAL_STEPS = UsedWhen({"train.adversarial": ("pgd",)}, of_method=False)
 _ATTACK = UsedWhen({"eval.attack": ("fgsm", "pgd")}, of_method=False)
 _ATTACK_STEPS = UsedWhen({"eval.attack": ("pgd",)}, of_method=False)
 _BUILTIN = {"data.source": ("builtin",)}
+_OF_MIXTURE = {"data.sources": Condition("with builtin", "[{source: builtin}]", lambda found: "builtin" in _names(found))}
 _SERVER = Condition("that is given", "http://127.0.0.1:8000", lambda url: url is not None)
 _RANK = Condition("that is given", 16, lambda rank: rank is not None)
+_ALONE = UsedWhen({"data.sources": Condition("that is empty", "[]", lambda found: not found)}, of_method=False)
 
 plugins.metrics.close("the schema of recipes")
 if TYPE_CHECKING:  # the real types depend on what is registered
@@ -90,6 +92,11 @@ def chosen(value: _Number | Auto) -> _Number:
     if isinstance(value, str):
         raise ValueError("this recipe has numbers that are auto; fit it to its models first")
     return value
+
+
+def _names(sources: Any) -> list[Any]:
+    """Return the names of the sources of a mixture, as a recipe or a file of one has them."""
+    return [getattr(source, "source", source) for source in sources or ()]
 
 
 def _may_have_revision(model: Any) -> bool:
@@ -288,20 +295,48 @@ class ColumnsConfig(Section):
     response: Name | None = Field(None, description="Column of the response: text, or a list of references.")
 
 
+Template = Literal["auto", "alpaca", "chat", "plain", "exact"]
+
+
+class SourceConfig(Section):
+    """Configure a source of a mixture (``data.sources``). A text in place of a mapping is its name."""
+
+    source: Name = Field(description="Data set, as in data.source.")
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Weight of the source: its share of the rows of an epoch, relative to the other weights."
+    )
+    rows: Positive | None = Field(
+        None, description="Number of rows of the source in an epoch, in place of weights. Unset: all of its rows."
+    )
+    template: Template | None = Field(None, description="Prompt format of its rows. Unset: data.template.")
+    limit: Positive | None = Field(None, description="Use only its first N rows. Unset: data.limit.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_name(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+
 class DataConfig(Section):
     """Configure the rows and how they become examples."""
 
-    source: Name = Field(
+    source: Annotated[Name, _ALONE] = Field(
         "dolly",
         description="Data set, as a file, a directory, a hub name or a known name. Files are jsonl, json, csv or "
         "parquet, "
         "also as .gz and .zst. A directory holds such files or a data set of save_to_disk. A name is searched under "
         "$DISTILLM_DATA first.",
     )
+    sources: tuple[SourceConfig, ...] = Field(
+        (),
+        description="Sources of a mixture, in place of source: each a name, or a mapping with the keys source, weight or "
+        "rows, template and limit. Weights are shares of the rows of an epoch, rows their number. Without either, an epoch "
+        "has each row once. A row is not repeated before all rows of its source were used.",
+    )
     valid: Name | None = Field(
         None, description="Held-out rows: a file or another source. Unset: those of the source, else a slice."
     )
-    template: Literal["auto", "alpaca", "chat", "plain", "exact"] = Field(
+    template: Template = Field(
         "auto",
         description="Prompt format. auto: chat for conversations, and for instructions if teacher and student have "
         "chat templates; else alpaca for instructions, plain for questions, exact for whole prompts.",
@@ -352,15 +387,18 @@ class DataConfig(Section):
         "drop",
         description="Handling of rows over max_length. truncate cuts the end of the response. Prompts are never cut.",
     )
-    limit: Positive | None = Field(None, description="Use only the first N rows.")
+    limit: Positive | None = Field(None, description="Use only the first N rows, of each source of a mixture.")
     teacher_samples: Annotated[Name | None, _TEACHER_SAMPLES] = Field(
         None,
         description="File of teacher responses that `generate` wrote, matched to the rows by their prompts. Unset: they "
         "are sampled during the run.",
     )
-    valid_limit: Positive = Field(1000, description="Maximum number of held-out rows used for validation.")
-    size: Annotated[Positive, UsedWhen(_BUILTIN)] = Field(20_000, description="Rows of the builtin data set.")
-    tasks: Annotated[tuple[str, ...] | None, UsedWhen(_BUILTIN, {"data.valid": ("builtin",)})] = Field(
+    valid_limit: Positive = Field(
+        1000,
+        description="Maximum number of held-out rows used for validation. The sources of a mixture have equal parts of it.",
+    )
+    size: Annotated[Positive, UsedWhen(_BUILTIN, _OF_MIXTURE)] = Field(20_000, description="Rows of the builtin data set.")
+    tasks: Annotated[tuple[str, ...] | None, UsedWhen(_BUILTIN, _OF_MIXTURE, {"data.valid": ("builtin",)})] = Field(
         None, description="Kinds of task of the builtin data set. Unset: all."
     )
     seed: int = Field(1, description="Seed of the builtin rows and of the held-out slice.")
@@ -387,6 +425,30 @@ class DataConfig(Section):
     store_dir: Name | None = Field(
         None, description="Directory of the stored rows. Unset: rows/ in $DISTILLM_CACHE, else in ~/.cache/distillm."
     )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the sources of training rows: one, or those of the mixture."""
+        return tuple(source.source for source in self.sources) or (self.source,)
+
+    @property
+    def title(self) -> str:
+        """Return the names of the sources as one text."""
+        return " + ".join(self.names)
+
+    def of(self, source: str, **changes: Any) -> DataConfig:
+        """Return the section with this source alone, and other changed fields."""
+        return self.model_copy(update={"source": source, "sources": (), **changes})
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> DataConfig:
+        has_weight = [source.weight is not None for source in self.sources]
+        if any(has_weight) and any(source.rows is not None for source in self.sources):
+            raise ValueError("data.sources: weights and rows cannot be combined; give every source a weight, or none")
+        if any(has_weight) and not all(has_weight):
+            missing = self.sources[has_weight.index(False)].source
+            raise ValueError(f"data.sources: {missing} has no weight, and others have one; give every source a weight")
+        return self
 
     @model_validator(mode="after")
     def _check_date(self) -> DataConfig:

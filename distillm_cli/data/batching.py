@@ -19,16 +19,18 @@ import numpy as np
 
 from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.encoder import Encoded, Encoder, LeftOut, TooLong
+from distillm_cli.data.row_store import JoinedRows
 from distillm_cli.data.rows import Row
-from distillm_cli.data.sources import LISTED, Rows, pick
+from distillm_cli.data.sources import LISTED, Rows, named_parts, pick
 from distillm_cli.data.token_ids import CHUNK, TokenIds
 from distillm_cli.errors import DataError, PeerProcessError
 from distillm_cli.training.events import Listener, Note, Progress, Warned, silent
-from distillm_cli.types import PackedSequences, Sequence, SequencePacker, as_int32, lengths_of, supervised_of
+from distillm_cli.types import PackedSequences, Sequence, SequencePacker, SequenceView, as_int32, lengths_of, supervised_of
 from distillm_cli.utils.text import all_are, counted
 
 _WARNING_SHARE = 0.2  # share of dropped rows above which a warning is printed
 _CHUNKS_AHEAD = 4  # chunks of rows that wait for each tokenizing process
+_ROUND = 0x526F756E  # separates the seeds of the rounds of a source from those of epochs
 _COVERED_SHARE = 0.95  # share of rows within the limits that the warning suggests
 
 
@@ -39,7 +41,8 @@ class Examples:
     dropped: number of rows that are too long. dropped_prompts: number of those whose prompt alone is too long.
     truncated: responses that were cut. unsupervised: rows without a response to train on. refused: the reason for each
     row that could not be rendered (``data.skip_bad_rows``). spanning: rows in which a token spans the end of the prompt.
-    end_ids: end tokens of responses other than the usual one.
+    end_ids: end tokens of responses other than the usual one. part_sizes: number of examples of each source of a mixture,
+    which are one after the other.
     """
 
     sequences: SequenceOf[Sequence]
@@ -51,6 +54,23 @@ class Examples:
     refused: list[str] = field(default_factory=list)
     spanning: int = 0
     end_ids: set[int] = field(default_factory=set)
+    part_sizes: tuple[int, ...] = ()
+
+    @classmethod
+    def joined(cls, parts: SequenceOf[Examples]) -> Examples:
+        """Return the examples of several sources, one source after the other."""
+        return cls(
+            SequenceView.joined([part.sequences for part in parts]),
+            JoinedRows([part.rows for part in parts]),
+            dropped=sum(part.dropped for part in parts),
+            dropped_prompts=sum(part.dropped_prompts for part in parts),
+            truncated=sum(part.truncated for part in parts),
+            unsupervised=sum(part.unsupervised for part in parts),
+            refused=[reason for part in parts for reason in part.refused],
+            spanning=sum(part.spanning for part in parts),
+            end_ids=set().union(*(part.end_ids for part in parts)),
+            part_sizes=tuple(len(part) for part in parts),
+        )
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -148,6 +168,12 @@ def tokenize(
     return Examples(sequences, pick(own_rows, found.kept), **found.facts())
 
 
+def by_source(name: str, rows: SequenceOf[Row], make: Callable[[str, SequenceOf[Row]], Examples]) -> Examples:
+    """Return the examples that ``make`` returns for the rows of each source, given their name (``named_parts``)."""
+    parts = [make(part_name, part) for part_name, part in named_parts(name, rows).items()]
+    return Examples.joined(parts) if getattr(rows, "parts", ()) else parts[0]
+
+
 def tokenize_into(
     packer: SequencePacker,
     rows: SequenceOf[Row],
@@ -168,7 +194,7 @@ def tokenize_into(
                 packer.append(outcome.sequence)
         listener(Progress(f"tokenizing {name}".rstrip(), found.rows, len(rows), "rows"))
     if not len(packer):
-        raise _no_rows_error(found.too_long, found.left_out, encoder.limit(max_context))
+        raise _no_rows_error(found.too_long, found.left_out, encoder.limit(max_context), name)
     prefix = f"{name}: " if name else ""
     _report_lengths(found, packer.sizes_S3, prefix, encoder, max_context, listener)
     _report_texts(found, prefix, data, listener)
@@ -242,18 +268,19 @@ def _suggest_limits(sizes_S3: np.ndarray, too_long: list[TooLong], encoder: Enco
     return f"{' '.join(options)} would keep {_COVERED_SHARE:.0%}"
 
 
-def _no_rows_error(too_long: list[TooLong], others: list[LeftOut], limit: int) -> DataError:
-    """Return the error for a source without usable rows."""
+def _no_rows_error(too_long: list[TooLong], others: list[LeftOut], limit: int, name: str) -> DataError:
+    """Return the error for a source without usable rows. name: of the source; may be empty."""
+    prefix = f"{name}: " if name else ""
     if not too_long:
         if not others:
-            return DataError("data.no_rows", "no rows to tokenize", hint="check the source")
+            return DataError("data.no_rows", f"{prefix}no rows to tokenize", hint="check the source")
         reasons = [row.reason for row in others if row.reason]
         if not reasons:
-            message = f"{all_are(len(others), 'row')} without a response to train on"
+            message = f"{prefix}{all_are(len(others), 'row')} without a response to train on"
             return DataError(
                 "data.no_answer", message, where=others[0].where, hint="check the messages' weight and train fields"
             )
-        return DataError("data.no_rows", f"no rows left: {reasons[0]}", hint="check the rows")
+        return DataError("data.no_rows", f"{prefix}no rows left: {reasons[0]}", hint="check the rows")
     shortest = min(too_long, key=lambda row: row.prompt + row.response)
     prompt_limit = min(row.limit for row in too_long if row.part == shortest.part)
     limits = f"{limit:,} tokens in total"
@@ -261,7 +288,7 @@ def _no_rows_error(too_long: list[TooLong], others: list[LeftOut], limit: int) -
         limits = f"{prompt_limit:,} for the prompt, {limit:,} in total"
     return DataError(
         "data.row_too_long",
-        f"{all_are(len(too_long), 'row')} too long: the shortest has {shortest.prompt:,} + {shortest.response:,} tokens "
+        f"{prefix}{all_are(len(too_long), 'row')} too long: the shortest has {shortest.prompt:,} + {shortest.response:,} tokens "
         f"(prompt + response), the limit is {limits}",
         where=shortest.where,
         hint="raise --max-length (and data.max_prompt_length), or use a model with a longer context",
@@ -355,7 +382,7 @@ class Order:
         steps = self.steps_per_epoch
         # Raw bits sorted, rather than a shuffle: their stream is the same in every version of numpy.
         bits = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
-        permutation = np.argsort(bits.random_raw(len(self._lengths)), kind="stable")[: steps * self._batch]
+        permutation = self._examples(epoch, bits)
         # A short epoch is cut into several buckets too: with one bucket, every epoch would have the same batches.
         size = max(1, min(self._bucket, steps // 4)) * self._batch
         whole = len(permutation) // size * size  # the last bucket may be smaller
@@ -366,6 +393,67 @@ class Order:
         ]
         batches = np.concatenate([bucket.ravel() for bucket in by_length]).reshape(steps, self._batch)
         return batches[np.argsort(bits.random_raw(steps), kind="stable")]
+
+    def _examples(self, epoch: int, bits: np.random.Philox) -> np.ndarray:
+        """Return the examples of an epoch in random order."""
+        return np.argsort(bits.random_raw(len(self._lengths)), kind="stable")[: self.steps_per_epoch * self._batch]
+
+
+class MixedOrder(Order):
+    """Order the examples of a mixture. An epoch has a fixed number of examples of each source.
+
+    A source goes through its examples in rounds, each a permutation of all of them: an example is not repeated before all
+    of its source were used, and an epoch continues where the one before it stopped. The numbers of an epoch add up to
+    complete batches, so that no examples remain. Everything else is as in ``Order``.
+
+    sizes: number of examples of each source, which are one after the other. wanted: number of examples of each source in
+    an epoch, before it is rounded to complete batches. counts: the same afterwards.
+    """
+
+    def __init__(
+        self,
+        lengths: SequenceOf[int] | np.ndarray,
+        batch: int,
+        seed: int,
+        bucket: int = 1,
+        *,
+        sizes: SequenceOf[int],
+        wanted: SequenceOf[float],
+    ):
+        super().__init__(lengths, batch, seed, bucket)
+        total = round(sum(wanted))
+        self._batch = min(batch, total)
+        self.steps_per_epoch = steps_per_epoch(total, batch)
+        self._sizes = sizes
+        self.counts = apportioned(self.steps_per_epoch * self._batch, wanted)
+
+    def _examples(self, epoch: int, bits: np.random.Philox) -> np.ndarray:
+        starts = np.cumsum([0, *self._sizes])
+        chosen = [
+            start + self._rounds(source, epoch * count, (epoch + 1) * count)
+            for source, (start, count) in enumerate(zip(starts, self.counts, strict=False))
+        ]
+        together = np.concatenate(chosen)
+        return together[np.argsort(bits.random_raw(len(together)), kind="stable")]
+
+    def _rounds(self, source: int, first: int, end: int) -> np.ndarray:
+        """Return places ``first`` to ``end`` of a source's rounds, one after the other."""
+        size = self._sizes[source]
+        rounds = []
+        for number in range(first // size, -(-end // size)):
+            bits = np.random.Philox(np.random.SeedSequence([self._seed, number, source, _ROUND]))
+            rounds.append(np.argsort(bits.random_raw(size), kind="stable"))
+        skipped = first // size * size
+        return np.concatenate([np.empty(0, dtype=np.int64), *rounds])[first - skipped : end - skipped]
+
+
+def apportioned(total: int, wanted: SequenceOf[float]) -> list[int]:
+    """Return whole numbers in proportion to ``wanted`` that add up to ``total``, by largest remainder."""
+    exact = np.asarray(wanted, dtype=np.float64) * (total / sum(wanted))
+    counts = np.floor(exact).astype(np.int64)
+    missing = total - int(counts.sum())
+    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    return counts.tolist()
 
 
 def batches_by_length(sequences: SequenceOf[Sequence], batch: int) -> list[list[Sequence]]:

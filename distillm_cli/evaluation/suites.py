@@ -63,10 +63,10 @@ def load_suite(name: str, recipe: Recipe, listener: Listener = silent) -> Suite:
     (columns, skip_bad_rows), ``recipe.eval.limit`` how many. Raises DataError when they cannot be found or read.
     """
     # Settings of the training source, such as its held-out file, do not apply to the suite.
-    changes: dict[str, Any] = {"source": name, "valid": None, "limit": None}
+    changes: dict[str, Any] = {"valid": None, "limit": None}
     if find_dataset(name) is not None:  # the recipe's columns are those of its own data
         changes["columns"] = ColumnsConfig()
-    data = recipe.data.model_copy(update=changes)
+    data = recipe.data.of(name, **changes)
     return _suite(short_name(name), _load(data, "test", recipe, listener))
 
 

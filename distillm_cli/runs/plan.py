@@ -16,7 +16,7 @@ from distillm_cli.config.derived import ptp_stage_recipe, sft_stage_recipe
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import AdapterConfig, DataConfig, Dtype, Recipe, chosen
 from distillm_cli.config.student_spec import BuiltinModel, ConfigFile, SavedModel, parse_student
-from distillm_cli.data.batching import Examples, steps_per_epoch, tokenize
+from distillm_cli.data.batching import Examples, MixedOrder, by_source, steps_per_epoch, tokenize
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_path
 from distillm_cli.data.templates import resolve_auto_template
@@ -30,6 +30,7 @@ from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, si
 from distillm_cli.runs import costs, gpus
 from distillm_cli.runs.cache_planning import CachePlan, check_rows, disk_free, plan_cache, workload_of
 from distillm_cli.runs.cache_size import CacheWorkload, uses_rows
+from distillm_cli.runs.mixture import source_figures
 from distillm_cli.runs.preflight import check_strict, greedy_answers, preflight
 from distillm_cli.runs.prepare import Prepared, new_order, prepare, texts_of
 from distillm_cli.runs.report import check_can_generate, check_selection_metric
@@ -160,7 +161,7 @@ def _prepared_workload(run: Prepared, processes: int) -> tuple[costs.Workload, C
 
 def _data_figures(run: Prepared) -> dict[str, Any]:
     lengths = run.train.lengths
-    return _row_figures(run.train_rows, run.train) | {
+    return _row_figures(run.recipe, run.train_rows, run.train) | {
         "valid_rows": len(run.valid),
         "response_tokens": run.train.tokens,
         "longest": int(lengths.max()),
@@ -185,7 +186,7 @@ def plan_from_configs(
     if recipe.method != "sft" and recipe.teacher.cache == "disk":
         check_rows(recipe)
     needed = recipe.needs_responses
-    rows, why = read_if_available(lambda: load_rows(recipe.data, "train", require_output=needed), recipe.data.source)
+    rows, why = read_if_available(lambda: load_rows(recipe.data, "train", require_output=needed), *recipe.data.names)
 
     texts = None if rows is None else partial(texts_of, rows, recipe.data)
     max_length = chosen(recipe.data.max_length)
@@ -219,7 +220,8 @@ def plan_from_configs(
             is_encoder_decoder=student.is_encoder_decoder,
             needs_responses=recipe.needs_responses,
         )
-        examples = tokenize(rows, encoder, recipe.data, silent, _context(student, teacher))
+        context = _context(student, teacher)
+        examples = by_source("train", rows, lambda _, part: tokenize(part, encoder, recipe.data, silent, context))
         lengths = _measured_lengths(recipe, examples)
     else:
         lengths = _longest_lengths(recipe, rows, student, teacher)
@@ -247,9 +249,9 @@ def plan_from_configs(
         processes=processes,
     )
     workload = _with_stages(workload, resolved)
-    data: dict[str, Any] = {"source": redact(recipe.data.source), "rows": None if rows is None else len(rows)}
+    data: dict[str, Any] = {"source": redact(recipe.data.title), "rows": None if rows is None else len(rows)}
     if rows is not None and examples is not None:
-        data |= _row_figures(rows, examples) | {"response_tokens": examples.tokens}
+        data |= _row_figures(recipe, rows, examples) | {"response_tokens": examples.tokens}
     data |= {"longest": lengths.longest, "mean_length": round(lengths.mean, 1)}
     for note in notes:
         listener(Note(note))
@@ -484,17 +486,21 @@ def _predicted_cache(
     return cache, size.in_memory(mode)
 
 
-def read_if_available(read: Callable[[], _T], source: str) -> tuple[_T | None, str]:
+def read_if_available(read: Callable[[], _T], *sources: str) -> tuple[_T | None, str]:
     """Return the result of ``read``, or None with the reason if the rows are not available."""
     try:
         return read(), ""
     except DataError as error:
-        if is_path(source) or local_path(source) is not None:
+        if all(is_path(source) or local_path(source) is not None for source in sources):
             raise  # a local file: report its error instead of estimating
-        return None, f"no rows of {redact(source)} available ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
+        return None, f"no rows of {redact(' + '.join(sources))} available ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
 
 
-def _row_figures(rows: Rows, examples: Examples) -> dict[str, Any]:
+def _row_figures(recipe: Recipe, rows: Rows, examples: Examples) -> dict[str, Any]:
+    order = new_order(recipe, examples)
+    mixture = {}
+    if isinstance(order, MixedOrder):
+        mixture = {"sources": source_figures(recipe.data, examples, order)}
     return {
         "source": rows.name,
         "rows": len(rows),
@@ -505,6 +511,7 @@ def _row_figures(rows: Rows, examples: Examples) -> dict[str, Any]:
         "dropped_prompts": examples.dropped_prompts,
         "truncated": examples.truncated,
         "bad_rows_skipped": len(rows.skipped),
+        **mixture,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -15,11 +16,11 @@ import numpy as np
 import torch
 
 from distillm_cli.config.schema import DataConfig, Recipe, TrainConfig, chosen
-from distillm_cli.data.batching import Examples, Order, tokenize
+from distillm_cli.data.batching import Examples, MixedOrder, Order, by_source, tokenize
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
-from distillm_cli.data.sources import Rows, overlap
+from distillm_cli.data.sources import Rows, named_parts, overlap
 from distillm_cli.data.teacher_samples import encode_teacher_samples, read_teacher_samples
 from distillm_cli.data.templates import Renderer, resolve_auto_template
 from distillm_cli.data.token_ids import Affixes
@@ -32,6 +33,7 @@ from distillm_cli.models.devices import check_offload, resolve_device, resolve_d
 from distillm_cli.models.model_families import longrope_bound
 from distillm_cli.models.shared import save_plain
 from distillm_cli.models.tokenizer_files import TokenizerCache, quiet
+from distillm_cli.runs.mixture import described_source, source_figures, wanted_rows
 from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
 from distillm_cli.teachers.teacher_cache import cached_date
 from distillm_cli.training.distributed import in_first_process
@@ -219,7 +221,7 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
 
     tokenizers = TokenizerCache()
     expected = _expected_tokenizer(recipe, tokenizers)
-    prefetcher.expect(expected, {"train": train_rows, "valid": valid_rows})
+    prefetcher.expect(expected, named_parts("train", train_rows) | named_parts("valid", valid_rows))
     # Imported here because they are slow: the rows are tokenized meanwhile.
     from distillm_cli.models.activations import checkpoint_activations
     from distillm_cli.models.pair import load_pair
@@ -235,14 +237,21 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
     router_aux = router.set_router_loss(recipe.objective.router_aux, pair.student, listener)
     longest = chosen(data.max_length)
     _warn_of_longrope(pair, min(longest, context or longest), listener)
-    train_ids = partial(prefetcher.take, "train", pair.tokenizer)
-    valid_ids = partial(prefetcher.take, "valid", pair.tokenizer)
-    if train_rows.are_stored:
-        train = open_tokens(train_rows, encoder, listener, context)
-    else:
-        train = tokenize(train_rows, encoder, data, listener, context, train_ids)
-    valid = tokenize(valid_rows, encoder, data, listener, context, valid_ids)
+
+    def tokenized(name: str, rows: SequenceOf[Row]) -> Examples:
+        ids = partial(prefetcher.take, name, pair.tokenizer)
+        return tokenize(rows, encoder, data, listener, context, ids)
+
+    def opened(name: str, rows: SequenceOf[Row]) -> Examples:
+        is_stored = isinstance(rows, Rows) and rows.are_stored
+        return open_tokens(rows, encoder, listener, context) if is_stored else tokenized(name, rows)
+
+    train = by_source("train", train_rows, opened)
+    valid = by_source("valid", valid_rows, tokenized)
     prefetcher.close()
+    if isinstance(order := new_order(recipe, train), MixedOrder):
+        described = ", ".join(map(described_source, source_figures(data, train, order)))
+        listener(Note(f"an epoch has {counted(sum(order.counts), 'row')}: {described}"))
     for model in pair.models.values():
         add_stop_tokens(model, sorted(train.end_ids - encoder.end_ids), after=True)
     if recipe.train.gradient_checkpointing:
@@ -393,7 +402,13 @@ def _expected_tokenizer(recipe: Recipe, tokenizers: TokenizerCache) -> PreTraine
 def new_order(recipe: Recipe, examples: Examples) -> Order:
     """Return the order in which the recipe trains on these examples."""
     train = recipe.train
-    return Order(examples.lengths, train.batch_size * train.accumulate, train.seed, bucket=recipe.data.bucket)
+    batch = train.batch_size * train.accumulate
+    if not examples.part_sizes:
+        return Order(examples.lengths, batch, train.seed, bucket=recipe.data.bucket)
+    wanted = wanted_rows(recipe.data.sources, examples.part_sizes)
+    return MixedOrder(
+        examples.lengths, batch, train.seed, recipe.data.bucket, sizes=examples.part_sizes, wanted=wanted
+    )
 
 
 def _warn_of_longrope(pair: Pair, longest: int, listener: Listener) -> None:

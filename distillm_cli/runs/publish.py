@@ -80,7 +80,7 @@ def model_card(
         "fine-tuned before": f"{student.sft_epochs:g} × the rows" if student.sft_epochs else None,
         "pre-trained before": f"{student.ptp:g} × the rows, on the teacher's confidence" if student.ptp else None,
         "teacher": _teacher(recipe) if recipe.method != "sft" else None,
-        "data": recipe.data.source,
+        "data": recipe.data.title,
         "objective": "cross-entropy" if recipe.method == "sft" else describe_objective(recipe.objective),
         "schedule": recipe.schedule.kind if recipe.method != "sft" else None,
         "steps": f"{state.step:,} ({', '.join(f'{n:,} {source}' for source, n in sorted(state.sources.items()))})",
@@ -118,8 +118,8 @@ def front_matter(resolved: Resolved, task: str) -> dict[str, Any]:
         front["base_model_relation"] = "adapter" if is_adapter else "finetune"
     if (license_name := known.get("license")) is not None:
         front["license"] = license_name
-    if (dataset := _hub_dataset(recipe.data.source)) is not None:
-        front["datasets"] = [dataset]
+    if datasets := [name for source in recipe.data.names if (name := _hub_dataset(source)) is not None]:
+        front["datasets"] = datasets
     front["tags"] = [recipe.method]
     if recipe.student.lora.r is not None:
         front["tags"].append("lora")

@@ -207,9 +207,9 @@ class CachedTeacher(LocalTeacher):
         self._release(device)
 
     def _has_only_leftovers(self) -> bool:
-        """Return whether the only rows without states are in no batch of the first epoch."""
-        leftovers = [] if self.composition is None else self.composition.leftovers
-        if self.rows is None or self.rows.missing > len(leftovers):
+        """Return whether the only rows without states, fewer than a batch, are in no batch of the first epoch."""
+        most = 0 if self.composition is None else self.composition.most_leftovers
+        if self.rows is None or self.rows.missing > most:
             return False
         return self.validation is None or not self.validation.missing
 
@@ -305,8 +305,8 @@ class BatchComposition:
     order: a resumed run computes them in the same batches and gets the same bits.
 
     batches: step → indices of its rows, in the first epoch. steps: number of steps of that epoch. max_rows, pass_overhead:
-    those of the micro-batches, which are smaller in several processes. leftovers: the rows in no batch of that epoch, one
-    batch.
+    those of the micro-batches, which are smaller in several processes. leftovers: the rows in no batch of that epoch, fewer
+    than a batch, or many if the epoch does not have all rows of a mixture. They are cut into batches as large as a step's.
     """
 
     def __init__(
@@ -324,16 +324,36 @@ class BatchComposition:
         self._max_rows = max_rows
         self._pass_overhead = pass_overhead
         self._step_of_row = np.full(len(rows), steps)
+        self._step_rows = len(batches(0))
         for step in reversed(range(steps)):
             self._step_of_row[batches(step)] = step
-        self.leftovers = [rows[int(i)] for i in np.flatnonzero(self._step_of_row == steps)]
+        left = np.flatnonzero(self._step_of_row == steps)
+        self._step_of_row[left] += np.arange(len(left)) // self._step_rows
+        self._left = left
+
+    @property
+    def most_leftovers(self) -> int:
+        """Return the number of leftovers, at most a batch."""
+        return min(len(self._left), self._step_rows)
+
+    @property
+    def leftovers(self) -> list[Sequence]:
+        """Return the rows in no batch of the first epoch."""
+        return [self._rows[int(i)] for i in self._left]
 
     def batches_with(self, rows: SequenceOf[Sequence]) -> list[list[Sequence]]:
         """Return the groups that contain these rows, with all their members."""
         requested = set(rows)
         found = []
         for step in dict.fromkeys(self._step_of_row[s.row] for s in rows):
-            batch = self.leftovers if step == self._steps else [self._rows[i] for i in self._batches(int(step))]
+            batch = [self._rows[int(i)] for i in self._batch(int(step))]
             groups = length_groups(batch, min(self._max_rows, world().rows_each(len(batch))), self._pass_overhead)
             found += [group for group in groups if not requested.isdisjoint(group)]
         return found
+
+    def _batch(self, step: int) -> SequenceOf[int] | np.ndarray:
+        """Return the rows of a batch: of a step of the first epoch, then of the leftovers."""
+        if step < self._steps:
+            return self._batches(step)
+        start = (step - self._steps) * self._step_rows
+        return self._left[start : start + self._step_rows]

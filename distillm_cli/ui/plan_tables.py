@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
+from distillm_cli.runs.mixture import described_source
 from distillm_cli.runs.run_results import DecodedSequence, PipelinePlan, PlanResult
 from distillm_cli.ui.summary import facts, table
 from distillm_cli.utils.text import counted, format_bytes, format_count, format_parameters, listed_shares
@@ -113,6 +114,8 @@ _STAGES = {
 def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     data = found["data"]
     rows = [("pair", _pair(found)), ("rows", _rows(data))]
+    for i, source in enumerate(data.get("sources", ())):
+        rows.append(("" if i else "an epoch", described_source(source)))
     if data.get("format"):
         rows.append(("format", data["format"]))
     if data.get("columns_not_read"):
@@ -128,7 +131,8 @@ def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         lengths = f"unknown: assumed to be the maximum, {data['longest']:,} tokens of prompt and response"
     rows.append(("lengths", lengths))
     if "response_tokens" in data:
-        rows.append(("supervised", f"{counted(data['response_tokens'], 'response token')} per epoch"))
+        rows_counted = "in all rows" if data.get("sources") else "per epoch"
+        rows.append(("supervised", f"{counted(data['response_tokens'], 'response token')} {rows_counted}"))
     sequences = counted(found["sequences_per_step"], "sequence")
     if found["steps"] is None:
         rows.append(("steps", f"unknown number; {sequences} each"))
