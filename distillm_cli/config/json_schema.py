@@ -169,5 +169,9 @@ def _list_or_item(schema: Schema) -> Schema:
     if "items" not in arrays[0]:
         return schema  # of a fixed length
     others = [part for part in schema.get("anyOf", []) if part.get("type") != "array"]
+    items = arrays[0]["items"]
+    if "properties" in items:  # a section, for which a text is its required field
+        (required,) = items["required"]
+        arrays[0] = arrays[0] | {"items": {"anyOf": [items["properties"][required], items]}}
     bare = {name: part for name, part in arrays[0].items() if name not in ("description", "default")}
     return {"anyOf": [bare, arrays[0]["items"], *others], **_annotations(schema)}

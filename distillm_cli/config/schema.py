@@ -63,7 +63,9 @@ _ADVERSARIAL_STEPS = UsedWhen({"train.adversarial": ("pgd",)}, of_method=False)
 _ATTACK = UsedWhen({"eval.attack": ("fgsm", "pgd")}, of_method=False)
 _ATTACK_STEPS = UsedWhen({"eval.attack": ("pgd",)}, of_method=False)
 _BUILTIN = {"data.source": ("builtin",)}
-_OF_MIXTURE = {"data.sources": Condition("with builtin", "[{source: builtin}]", lambda found: "builtin" in _names(found))}
+_OF_MIXTURE = {
+    "data.sources": Condition("with builtin", "[{source: builtin}]", lambda found: "builtin" in _names(found))
+}
 _SERVER = Condition("that is given", "http://127.0.0.1:8000", lambda url: url is not None)
 _RANK = Condition("that is given", 16, lambda rank: rank is not None)
 _ALONE = UsedWhen({"data.sources": Condition("that is empty", "[]", lambda found: not found)}, of_method=False)
@@ -397,7 +399,9 @@ class DataConfig(Section):
         1000,
         description="Maximum number of held-out rows used for validation. The sources of a mixture have equal parts of it.",
     )
-    size: Annotated[Positive, UsedWhen(_BUILTIN, _OF_MIXTURE)] = Field(20_000, description="Rows of the builtin data set.")
+    size: Annotated[Positive, UsedWhen(_BUILTIN, _OF_MIXTURE)] = Field(
+        20_000, description="Rows of the builtin data set."
+    )
     tasks: Annotated[tuple[str, ...] | None, UsedWhen(_BUILTIN, _OF_MIXTURE, {"data.valid": ("builtin",)})] = Field(
         None, description="Kinds of task of the builtin data set. Unset: all."
     )

@@ -147,7 +147,10 @@ def node_value(node: yaml.Node | None, label: str, *, texts: bool = False) -> An
 
 
 def text_of(value: Any) -> str:
-    """Format a scalar, or a list of scalars or sections, as one line of YAML. Floats have a point (``1.0e-07``), as YAML 1.1 needs."""
+    """Format a scalar, or a list of scalars or sections, as one line of YAML.
+
+    Floats have a point (``1.0e-07``), as YAML 1.1 needs.
+    """
 
     def dumped(style: str | None) -> str:
         whole = yaml.dump(

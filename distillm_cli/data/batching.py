@@ -25,7 +25,15 @@ from distillm_cli.data.sources import LISTED, Rows, named_parts, pick
 from distillm_cli.data.token_ids import CHUNK, TokenIds
 from distillm_cli.errors import DataError, PeerProcessError
 from distillm_cli.training.events import Listener, Note, Progress, Warned, silent
-from distillm_cli.types import PackedSequences, Sequence, SequencePacker, SequenceView, as_int32, lengths_of, supervised_of
+from distillm_cli.types import (
+    PackedSequences,
+    Sequence,
+    SequencePacker,
+    SequenceView,
+    as_int32,
+    lengths_of,
+    supervised_of,
+)
 from distillm_cli.utils.text import all_are, counted
 
 _WARNING_SHARE = 0.2  # share of dropped rows above which a warning is printed
@@ -288,8 +296,8 @@ def _no_rows_error(too_long: list[TooLong], others: list[LeftOut], limit: int, n
         limits = f"{prompt_limit:,} for the prompt, {limit:,} in total"
     return DataError(
         "data.row_too_long",
-        f"{prefix}{all_are(len(too_long), 'row')} too long: the shortest has {shortest.prompt:,} + {shortest.response:,} tokens "
-        f"(prompt + response), the limit is {limits}",
+        f"{prefix}{all_are(len(too_long), 'row')} too long: the shortest has {shortest.prompt:,} + "
+        f"{shortest.response:,} tokens (prompt + response), the limit is {limits}",
         where=shortest.where,
         hint="raise --max-length (and data.max_prompt_length), or use a model with a longer context",
     )

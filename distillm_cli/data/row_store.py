@@ -1,4 +1,4 @@
-"""Store the rows of a source as JSON in one file, read each row when it is accessed, and join the rows of several sources."""
+"""Store the rows of a source as JSON in one file, read each when it is accessed, and join the rows of several sources."""
 
 from __future__ import annotations
 
@@ -196,7 +196,9 @@ def with_template(rows: SequenceOf[Row], template: str | None) -> SequenceOf[Row
     """Return the rows with a template of their own; None leaves them to the template of the run."""
     if template is None:
         return rows
-    return rows.with_template(template) if isinstance(rows, StoredRows) else [replace(r, template=template) for r in rows]
+    return (
+        rows.with_template(template) if isinstance(rows, StoredRows) else [replace(r, template=template) for r in rows]
+    )
 
 
 def _key_digest(row: Row) -> tuple[int, int]:

@@ -132,10 +132,10 @@ def load_rows(
     the same prompt are in the same split. A file given as ``data.valid`` is read completely.
 
     ``data.limit`` applies to the training rows (and the slice of them), ``data.valid_limit`` to "valid", ``limit`` to
-    any split. Each selects the first rows. A mixture (``data.sources``) has the rows of its sources one after the other;
-    each gets an equal part of ``data.valid_limit`` and of ``limit``. require_output=False: rows may lack a response. stand_in=False: "test"
-    returns test rows only, neither a whole file nor a slice. form: what records are read as; not for `builtin`. stored:
-    training rows may be read from the store on disk, by ``data.store``.
+    any split. Each selects the first rows. A mixture (``data.sources``) has the rows of its sources one after the other,
+    and each source has an equal part of ``data.valid_limit`` and of ``limit``. require_output=False: rows may lack a
+    response. stand_in=False: "test" returns test rows only, neither a whole file nor a slice. form: what records are read
+    as; not for `builtin`. stored: training rows may be read from the store on disk, by ``data.store``.
 
     Raises DataError if the source does not exist, is empty, or has a broken row (unless ``data.skip_bad_rows``).
     """

@@ -493,7 +493,10 @@ def read_if_available(read: Callable[[], _T], *sources: str) -> tuple[_T | None,
     except DataError as error:
         if all(is_path(source) or local_path(source) is not None for source in sources):
             raise  # a local file: report its error instead of estimating
-        return None, f"no rows of {redact(' + '.join(sources))} available ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
+        return (
+            None,
+            f"no rows of {redact(' + '.join(sources))} available ({error.what.partition(' (')[0].split(': ', 1)[-1]})",
+        )
 
 
 def _row_figures(recipe: Recipe, rows: Rows, examples: Examples) -> dict[str, Any]:

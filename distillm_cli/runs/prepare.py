@@ -243,8 +243,9 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
         return tokenize(rows, encoder, data, listener, context, ids)
 
     def opened(name: str, rows: SequenceOf[Row]) -> Examples:
-        is_stored = isinstance(rows, Rows) and rows.are_stored
-        return open_tokens(rows, encoder, listener, context) if is_stored else tokenized(name, rows)
+        if isinstance(rows, Rows) and rows.are_stored:
+            return open_tokens(rows, encoder, listener, context)
+        return tokenized(name, rows)
 
     train = by_source("train", train_rows, opened)
     valid = by_source("valid", valid_rows, tokenized)
@@ -406,9 +407,7 @@ def new_order(recipe: Recipe, examples: Examples) -> Order:
     if not examples.part_sizes:
         return Order(examples.lengths, batch, train.seed, bucket=recipe.data.bucket)
     wanted = wanted_rows(recipe.data.sources, examples.part_sizes)
-    return MixedOrder(
-        examples.lengths, batch, train.seed, recipe.data.bucket, sizes=examples.part_sizes, wanted=wanted
-    )
+    return MixedOrder(examples.lengths, batch, train.seed, recipe.data.bucket, sizes=examples.part_sizes, wanted=wanted)
 
 
 def _warn_of_longrope(pair: Pair, longest: int, listener: Listener) -> None:

@@ -116,6 +116,14 @@ VARIANTS = [
         ),
     ),
     ("kd", ("train.adversarial=fgsm", "objective.kd_weight=0.5")),
+    (
+        "distillm",
+        (
+            "data.sources=[{source: builtin, weight: 2, template: exact}, {source: builtin, weight: 1}]",
+            "schedule.phi=0.5",
+            "schedule.warm_up=none",
+        ),
+    ),
 ]
 CASES = [*PRESETS, *VARIANTS]
 ROLLOUTS = ("schedule.phi=0.6", "schedule.warm_up=none", "schedule.capacity=16")
