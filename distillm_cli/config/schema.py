@@ -85,6 +85,7 @@ else:
 AUTO: Final = "auto"  # for a number: it is chosen to fit the models before the run (runs/defaults.py)
 Auto = Literal["auto"]
 AttackName = Literal["none", "fgsm", "pgd"]
+Template = Literal["auto", "alpaca", "chat", "plain", "exact"]
 PrefixRange = Annotated[str, Field(pattern=r"^[1-9][0-9]*->[1-9][0-9]*$", examples=["64->256"])]
 _Number = TypeVar("_Number", int, float)
 
@@ -154,6 +155,15 @@ class TeacherConfig(Section):
         description="Address of a vLLM pooling server that computes the teacher's hidden states. teacher.path has the "
         "config, the tokenizer and the head, which is all that is loaded. Unset: the teacher runs in this process.",
     )
+    template: Template | None = Field(
+        None,
+        description="Prompt format that the teacher sees, if it is another one than the student's. Unset: data.template.",
+    )
+    chat_template: Name | None = Field(
+        None,
+        description="Chat template that the teacher sees: teacher for its own, student, or a Jinja file. Unset: "
+        "data.chat_template.",
+    )
 
 
 class AdapterConfig(Section):
@@ -201,6 +211,12 @@ class StudentConfig(Section):
     stop_tokens: tuple[Name, ...] = Field(
         (),
         description="Further tokens at which the student stops, as the tokenizer writes them. They are saved with it.",
+    )
+    template: Template | None = Field(
+        None, description="Prompt format that the student sees, if the teacher sees another one. Unset: data.template."
+    )
+    chat_template: Name | None = Field(
+        None, description="Chat template that the student sees, as data.chat_template. Unset: data.chat_template."
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Compute dtype. Parameters stay fp32 (autocast). auto: bf16 on hardware with fast bf16."
@@ -295,9 +311,6 @@ class ColumnsConfig(Section):
     prompt: Name | None = Field(None, description="Column of the whole prompt, or of the instruction.")
     input: Name | None = Field(None, description="Column of the input text of the instruction.")
     response: Name | None = Field(None, description="Column of the response: text, or a list of references.")
-
-
-Template = Literal["auto", "alpaca", "chat", "plain", "exact"]
 
 
 class SourceConfig(Section):
@@ -732,6 +745,17 @@ class Recipe(Section):
         fine_tunes = self.method == "sft" or self.student.sft_epochs > 0 or self.student.ptp > 0
         return fine_tunes or self.schedule.uses_rows or self.objective.row_weight > 0
 
+    def data_of(self, side: Literal["teacher", "student"]) -> DataConfig:
+        """Return the data section as one side sees it: with the templates of ``teacher`` or ``student``, if they are set."""
+        own = self.teacher if side == "teacher" else self.student
+        given = {"template": own.template, "chat_template": own.chat_template}
+        return self.data.model_copy(update={name: value for name, value in given.items() if value is not None})
+
+    @property
+    def has_two_sides(self) -> bool:
+        """Return whether teacher and student see rows by different templates."""
+        return self.method != "sft" and self.data_of("teacher") != self.data_of("student")
+
     @property
     def teacher_trainer(self) -> str | None:
         """Return the key of the field by which the run changes the teacher; None if it is the one on disk."""
@@ -839,6 +863,31 @@ class Recipe(Section):
                 f"student.path {self.student.path} would copy layers of a teacher with random weights "
                 f"({self.teacher.path}); try --student random:2x128"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sides(self) -> Recipe:
+        fields = {
+            "teacher.template": self.teacher.template,
+            "teacher.chat_template": self.teacher.chat_template,
+            "student.template": self.student.template,
+            "student.chat_template": self.student.chat_template,
+        }
+        key = next((f"{key} {value}" for key, value in fields.items() if value is not None), None)
+        if key is None or not self.has_two_sides:
+            return self
+        same_prompts = {
+            f"the teacher changes ({self.teacher_trainer}) and needs": self.teacher_trainer is not None,
+            "objective.hidden needs": self.objective.hidden > 0,
+            "data.mixup needs": self.data.mixup > 0,
+            "objective.input_gradient needs": self.objective.input_gradient > 0,
+            "sampling from a mixture with the teacher needs": self.samples_from_mixture,
+        }
+        needs = next((text for text, is_met in same_prompts.items() if is_met), None)
+        if needs is not None:
+            raise ValueError(f"{key}: {needs} the same prompt for both models; remove it")
+        if any(source.template is not None for source in self.data.sources):
+            raise ValueError(f"{key}: a source of data.sources has its own template; remove one of them")
         return self
 
     @model_validator(mode="after")

@@ -73,7 +73,8 @@ def encode_teacher_samples(
     ]
     sequences: dict[int, list[Rollout]] = defaultdict(list)
     for (i, _), sequence in zip(pairs, truncating_encoder.sequences(answered_rows, context=context), strict=True):
-        sequences[i].append(Rollout(sequence.prompt, sequence.response, i, sequence.turns))
+        seen = examples.sequences[i].teacher_prompt
+        sequences[i].append(Rollout(sequence.prompt, sequence.response, i, sequence.turns, teacher_prompt=seen))
     return dict(sequences)
 
 

@@ -37,6 +37,7 @@ from distillm_cli.runs.report import check_can_generate, check_selection_metric
 from distillm_cli.runs.run_results import DecodedSequence, PlanResult
 from distillm_cli.training.distributed import launched_processes
 from distillm_cli.training.events import Listener, Note, silent
+from distillm_cli.types import Sequence
 from distillm_cli.utils.memory import available_memory, resume_garbage_collection
 from distillm_cli.utils.text import format_bytes, redact
 
@@ -90,29 +91,38 @@ def plan_run(resolved: Resolved, listener: Listener, processes: int = 1, *, stri
     check_extras(run.recipe, run.pair)
     findings = preflight(run)
     check_strict(findings, strict=strict)
+    batch = _decoded_batch(run)
     figures = plan_prepared(run, resolved, processes) | {
         "findings": [finding.as_json() for finding in findings],
         "answers": [asdict(answers) for answers in greedy_answers(run, listener)],
     }
-    return PlanResult(figures, _decoded_batch(run))
+    if run.teacher_encoder is not None:
+        figures["sides"] = [sequence.as_json() for sequence in batch]
+    return PlanResult(figures, batch)
 
 
 def _decoded_batch(run: Prepared) -> tuple[DecodedSequence, ...]:
-    """Return the first sequences of a batch as text. Each supervised token is one piece, and so is the context before it."""
+    """Return the first sequences of a batch as text, as both models see them."""
     decoded = []
     for sequence in run.batch(0)[:_SHOWN_SEQUENCES]:
-        turns = set() if sequence.turns is None else set(sequence.turns.tolist())
-        pieces: list[tuple[str, bool]] = []
-        context: list[int] = []
-        for position, token in enumerate([*sequence.prompt.tolist(), *sequence.response.tolist()]):
-            if position < len(sequence.prompt) and position not in turns:
-                context.append(token)
-                continue
-            pieces.append((_text(run, context), False))
-            pieces.append((_text(run, [token]), True))
-            context = []
-        decoded.append(DecodedSequence(tuple(pieces)))
+        seen = () if sequence.teacher_prompt is None else _decoded(run, sequence.for_teacher)
+        decoded.append(DecodedSequence(_decoded(run, sequence), seen))
     return tuple(decoded)
+
+
+def _decoded(run: Prepared, sequence: Sequence) -> tuple[tuple[str, bool], ...]:
+    """Return a sequence as text. Each supervised token is one piece, and so is the context before it."""
+    turns = set() if sequence.turns is None else set(sequence.turns.tolist())
+    pieces: list[tuple[str, bool]] = []
+    context: list[int] = []
+    for position, token in enumerate([*sequence.prompt.tolist(), *sequence.response.tolist()]):
+        if position < len(sequence.prompt) and position not in turns:
+            context.append(token)
+            continue
+        pieces.append((_text(run, context), False))
+        pieces.append((_text(run, [token]), True))
+        context = []
+    return tuple(pieces)
 
 
 def _text(run: Prepared, ids: list[int]) -> str:
@@ -287,15 +297,16 @@ def _teacher_shape(
 def _data_with_template(
     recipe: Recipe, rows: Rows, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None
 ) -> DataConfig:
-    """Return the recipe's data section with the template that a run would choose, from the models' tokenizers."""
+    """Return the student's data section with the template that a run would choose, from the models' tokenizers."""
+    data = recipe.data_of("student")
     student_template = student.chat_template
     teacher_template = student_template if teacher is None else teacher.chat_template
     if student_template is None:
         student.chat_template = teacher_template
-    if recipe.data.template != "auto":
-        return recipe.data
+    if data.template != "auto":
+        return data
     template = resolve_auto_template(rows, student_template is not None and teacher_template is not None)
-    return recipe.data if template is None else recipe.data.model_copy(update={"template": template[0]})
+    return data if template is None else data.model_copy(update={"template": template[0]})
 
 
 def _with_stages(run: costs.Workload, resolved: Resolved) -> costs.Workload:

@@ -67,11 +67,11 @@ class CachedTeacher(LocalTeacher):
         """
         sequences = [self._as_row(s) for s in sequences]
         if not any(self._is_cacheable(s) for s in sequences):
-            return self.compute(batch)
+            return self.compute(self.seen(batch, sequences))
         device = batch.ids_BT.device
         missing = self._batches_of([s for s in dict.fromkeys(sequences) if self._cached(s) is None])
         if missing == [list(sequences)]:
-            hidden_ND = self.compute(batch)
+            hidden_ND = self.compute(self.seen(batch, sequences))
             self._store(sequences, hidden_ND)
         else:
             computed = self._compute_all(missing, device)
@@ -175,7 +175,7 @@ class CachedTeacher(LocalTeacher):
         """Compute the states of batches, cache them where they may be, and return them by sequence, on the CPU."""
         computed: dict[Sequence, Tensor] = {}
         for sequences in batches:
-            parts = self._store(sequences, self.compute(collate(sequences).to(device)))
+            parts = self._store(sequences, self.compute(collate([s.for_teacher for s in sequences]).to(device)))
             computed |= zip(sequences, parts, strict=True)
         return computed
 
@@ -270,7 +270,8 @@ class HiddenStateTable:
         if not 0 <= rollout.row < len(self.sequences):
             return None
         row = self.sequences[rollout.row]
-        is_equal = np.array_equal(row.response, rollout.response) and np.array_equal(row.prompt, rollout.prompt)
+        pairs = [(row.prompt, rollout.prompt), (row.for_teacher.prompt, rollout.for_teacher.prompt)]
+        is_equal = np.array_equal(row.response, rollout.response) and all(np.array_equal(*pair) for pair in pairs)
         return row if is_equal and row.turns is None and rollout.turns is None else None
 
     def read(self, sequence: Sequence) -> Tensor | None:

@@ -314,17 +314,26 @@ def _time_tables(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[Renderable
             yield table(title, ["", *gpus], rows)
 
 
-def _batch_lines(batch: Sequence[DecodedSequence]) -> Iterator[Text]:
+def _batch_lines(batch: Sequence[DecodedSequence]) -> Iterator[RenderableType]:
     head = (
         "One batch, decoded. Supervised tokens are in ⟦ ⟧; the last one is the end token, unless the response was cut."
     )
     yield Text(head, "bold")
+    if any(sequence.seen for sequence in batch):
+        sides = [[_marked(sequence.seen), _marked(sequence.pieces)] for sequence in batch]
+        yield table("What both models see", ["teacher", "student"], sides)
+        return
     for sequence in batch:
-        line = Text(style="dim")
-        for text, is_supervised in sequence.pieces:
-            if is_supervised:
-                line.append(f"⟦{text}⟧", style="not dim green")
-            else:
-                line.append(text)
-        yield line
+        yield _marked(sequence.pieces)
         yield Text("─" * 20, "dim")
+
+
+def _marked(pieces: Sequence[tuple[str, bool]]) -> Text:
+    """Return the text of a sequence with its supervised tokens marked."""
+    line = Text(style="dim")
+    for text, is_supervised in pieces:
+        if is_supervised:
+            line.append(f"⟦{text}⟧", style="not dim green")
+        else:
+            line.append(text)
+    return line
