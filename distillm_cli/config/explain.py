@@ -231,6 +231,8 @@ ALIASES = {
     "dataset": "source",
     "model_name_or_path": "path",
     "max_seq_length": "max_length",
+    "template": "data.template",
+    "chat_template": "data.chat_template",
     "lmbda": "mix",
     "lora_r": "student.lora.r",
     "lora_rank": "student.lora.r",

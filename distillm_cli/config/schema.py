@@ -64,11 +64,11 @@ _ATTACK = UsedWhen({"eval.attack": ("fgsm", "pgd")}, of_method=False)
 _ATTACK_STEPS = UsedWhen({"eval.attack": ("pgd",)}, of_method=False)
 _BUILTIN = {"data.source": ("builtin",)}
 _OF_MIXTURE = {
-    "data.sources": Condition("with builtin", "[{source: builtin}]", lambda found: "builtin" in _names(found))
+    "data.sources": Condition("with builtin", ({"source": "builtin"},), lambda found: "builtin" in _names(found))
 }
 _SERVER = Condition("that is given", "http://127.0.0.1:8000", lambda url: url is not None)
 _RANK = Condition("that is given", 16, lambda rank: rank is not None)
-_ALONE = UsedWhen({"data.sources": Condition("that is empty", "[]", lambda found: not found)}, of_method=False)
+_ALONE = UsedWhen({"data.sources": Condition("that is empty", (), lambda found: not found)}, of_method=False)
 
 plugins.metrics.close("the schema of recipes")
 if TYPE_CHECKING:  # the real types depend on what is registered

@@ -39,8 +39,8 @@ def set_chat_template(pair: Pair, data: DataConfig, listener: Listener, *, is_sh
         listener(
             Warned(
                 "teacher and student have different chat templates: the student's is used; "
-                "--set teacher.chat_template=teacher shows the teacher its own, and "
-                "--set data.chat_template=teacher uses the teacher's for both"
+                "--set data.chat_template=teacher uses the teacher's, and --set teacher.chat_template=teacher "
+                "shows each model its own"
             )
         )
 

@@ -30,11 +30,11 @@ from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, si
 from distillm_cli.runs import costs, gpus
 from distillm_cli.runs.cache_planning import CachePlan, check_rows, disk_free, plan_cache, workload_of
 from distillm_cli.runs.cache_size import CacheWorkload, uses_rows
-from distillm_cli.runs.mixture import source_figures
 from distillm_cli.runs.preflight import check_strict, greedy_answers, preflight
 from distillm_cli.runs.prepare import Prepared, new_order, prepare, texts_of
 from distillm_cli.runs.report import check_can_generate, check_selection_metric
 from distillm_cli.runs.run_results import DecodedSequence, PlanResult
+from distillm_cli.runs.source_shares import source_figures
 from distillm_cli.training.distributed import launched_processes
 from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.types import Sequence

@@ -34,7 +34,7 @@ from distillm_cli.models.devices import check_offload, resolve_device, resolve_d
 from distillm_cli.models.model_families import longrope_bound
 from distillm_cli.models.shared import save_plain
 from distillm_cli.models.tokenizer_files import TokenizerCache, quiet
-from distillm_cli.runs.mixture import described_source, source_figures, wanted_rows
+from distillm_cli.runs.source_shares import source_figures, wanted_rows
 from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
 from distillm_cli.teachers.teacher_cache import cached_date
 from distillm_cli.training.distributed import in_first_process
@@ -44,7 +44,7 @@ from distillm_cli.utils.memory import resume_garbage_collection, return_freed_me
 from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.optimizers import check_optimizer
 from distillm_cli.utils.storage import cache_root
-from distillm_cli.utils.text import counted
+from distillm_cli.utils.text import counted, described_source
 from distillm_cli.utils.threads import set_threads
 
 if TYPE_CHECKING:

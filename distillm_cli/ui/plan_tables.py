@@ -9,10 +9,16 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from distillm_cli.runs.mixture import described_source
 from distillm_cli.runs.run_results import DecodedSequence, PipelinePlan, PlanResult
 from distillm_cli.ui.summary import facts, table
-from distillm_cli.utils.text import counted, format_bytes, format_count, format_parameters, listed_shares
+from distillm_cli.utils.text import (
+    counted,
+    described_source,
+    format_bytes,
+    format_count,
+    format_parameters,
+    listed_shares,
+)
 
 
 def tables_of(result: PlanResult | PipelinePlan) -> Iterator[RenderableType]:

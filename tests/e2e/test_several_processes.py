@@ -116,6 +116,8 @@ VARIANTS = [
         ),
     ),
     ("kd", ("train.adversarial=fgsm", "objective.kd_weight=0.5")),
+    ("skd", ("teacher.template=plain", "student.template=exact")),
+    ("distillm", ("teacher.template=plain", "student.template=exact", "schedule.phi=0.6", "schedule.warm_up=none")),
     (
         "distillm",
         (

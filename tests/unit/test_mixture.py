@@ -15,7 +15,7 @@ from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import load_rows
 from distillm_cli.data.token_store import open_tokens
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.runs.mixture import wanted_rows
+from distillm_cli.runs.source_shares import wanted_rows
 from distillm_cli.teachers.cached import BatchComposition, CachedTeacher, HiddenStateTable
 from distillm_cli.types import collate, rows_digest
 from tests import tiny

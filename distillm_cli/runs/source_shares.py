@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
@@ -35,10 +34,3 @@ def source_figures(data: DataConfig, examples: Examples, order: MixedOrder) -> l
         }
         for source, size, count in zip(data.sources, examples.part_sizes, order.counts, strict=True)
     ]
-
-
-def described_source(figures: Mapping[str, Any]) -> str:
-    """Return the figures of a source as text: "g2p 25% (500 of 2,000 rows)"."""
-    rows, count = figures["rows"], figures["rows_per_epoch"]
-    times = f"{count:,} of {rows:,} rows" if count <= rows else f"{rows:,} rows, {count / rows:.3g} times"
-    return f"{figures['source']} {figures['share']:.1%} ({times})"
