@@ -414,8 +414,15 @@ def pass_overhead(device: str, width: int) -> int:
     return max(MIN_PASS_OVERHEAD, min(512, 1_400_000 // width**2)) if device == "cpu" else 512
 
 
-def length_groups(sequences: SequenceOf[Sequence], most: int, pass_overhead: int = MIN_PASS_OVERHEAD) -> LengthGroups:
+def length_groups(
+    sequences: SequenceOf[Sequence],
+    most: int,
+    pass_overhead: int = MIN_PASS_OVERHEAD,
+    most_tokens: int | None = None,
+) -> LengthGroups:
     """Cut the sequences of one step into groups of at most ``most``, each of similar length.
+
+    most_tokens: limit of the padded positions of a group; a longer sequence is a group of its own.
 
     Sums of losses do not depend on the groups, so this saves padding and changes no gradient. The cut minimizes padded
     positions plus ``pass_overhead`` per group, by dynamic programming over the sequences sorted by length.
@@ -424,6 +431,8 @@ def length_groups(sequences: SequenceOf[Sequence], most: int, pass_overhead: int
     cost, start = [0.0], [0]
     for end in range(1, len(ordered) + 1):
         first = max(0, end - most)
+        while most_tokens is not None and first < end - 1 and len(ordered[first]) * (end - first) > most_tokens:
+            first += 1
         costs = [cost[i] + len(ordered[i]) * (end - i) + pass_overhead for i in range(first, end)]
         cheapest = min(range(len(costs)), key=costs.__getitem__)
         cost.append(costs[cheapest])
@@ -436,18 +445,26 @@ def length_groups(sequences: SequenceOf[Sequence], most: int, pass_overhead: int
 
 
 def micro_batches(
-    sequences: SequenceOf[Sequence], most: int, pass_overhead: int = MIN_PASS_OVERHEAD
+    sequences: SequenceOf[Sequence],
+    most: int,
+    pass_overhead: int = MIN_PASS_OVERHEAD,
+    most_tokens: int | None = None,
 ) -> list[LengthGroups]:
     """Gather the ``length_groups`` of one step into micro-batches of at most ``most`` sequences.
 
-    A micro-batch has one backward pass, so its activations are in memory together.
+    A micro-batch has one backward pass, so its activations are in memory together. most_tokens: limit of its padded
+    positions.
     """
     gathered: list[LengthGroups] = []
     room = 0
-    for part in length_groups(sequences, most, pass_overhead):
-        if len(part) > room:
+    token_room = 0
+    for part in length_groups(sequences, most, pass_overhead, most_tokens):
+        tokens = 0 if most_tokens is None else len(part) * max(map(len, part))
+        if len(part) > room or tokens > token_room:
             gathered.append([])
             room = most
+            token_room = most_tokens or 0
         gathered[-1].append(part)
         room -= len(part)
+        token_room -= tokens
     return gathered

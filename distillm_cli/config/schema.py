@@ -60,6 +60,7 @@ _CHECKPOINTED = UsedWhen({"train.gradient_checkpointing": (True,)}, of_method=Fa
 _ADAMW = UsedWhen({"train.optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit")}, of_method=False)
 _ADVERSARIAL = UsedWhen({"train.adversarial": ("fgsm", "pgd")}, of_method=False)
 _ADVERSARIAL_STEPS = UsedWhen({"train.adversarial": ("pgd",)}, of_method=False)
+_OF_TOKENS = UsedWhen({"disco.enabled": (False,)}, of_method=False)
 _ATTACK = UsedWhen({"eval.attack": ("fgsm", "pgd")}, of_method=False)
 _ATTACK_STEPS = UsedWhen({"eval.attack": ("pgd",)}, of_method=False)
 _BUILTIN = {"data.source": ("builtin",)}
@@ -559,6 +560,16 @@ class TrainConfig(Section):
     accumulate: Positive = Field(
         1, description="Micro-batches per step. The loss is the mean over the tokens of the whole step."
     )
+    tokens_per_batch: Annotated[Positive | None, _OF_TOKENS] = Field(
+        None,
+        description="Limit of a micro-batch in tokens, padding included, in place of batch_size sequences. A step still has "
+        "batch_size × accumulate rows, or tokens_per_step tokens, and its loss is the mean over its tokens.",
+    )
+    tokens_per_step: Annotated[Positive | None, _OF_TOKENS] = Field(
+        None,
+        description="Tokens of a step, of prompts and responses together, in place of batch_size × accumulate rows. Steps "
+        "have about this number of tokens.",
+    )
     lr: Annotated[float, Field(gt=0)] | Auto = Field(
         AUTO,
         description="Peak learning rate. auto: by family and size, 5e-4 for the paper's GPT-2, 1e-5 for a chat model.",
@@ -862,6 +873,21 @@ class Recipe(Section):
             raise ValueError(
                 f"student.path {self.student.path} would copy layers of a teacher with random weights "
                 f"({self.teacher.path}); try --student random:2x128"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_steps_of_tokens(self) -> Recipe:
+        if self.train.tokens_per_step is None:
+            return self
+        if self.data.bucket > 1:
+            raise ValueError(
+                f"train.tokens_per_step: data.bucket {self.data.bucket} groups rows, not tokens; try --set data.bucket=1"
+            )
+        if self.schedule.kind == "rounds":
+            raise ValueError(
+                "train.tokens_per_step: schedule.kind rounds replays batches of equal numbers of rows; try "
+                "--set train.tokens_per_step=null"
             )
         return self
 

@@ -356,6 +356,11 @@ def steps_per_epoch(rows: int, batch: int) -> int:
     return rows // min(batch, rows)
 
 
+def steps_of_tokens(rows: int, total: float, tokens: int) -> int:
+    """Return the number of batches of about ``tokens`` tokens in an epoch of ``rows`` rows with ``total`` tokens."""
+    return max(1, min(rows, round(total / tokens)))
+
+
 class Order:
     """Compute which examples a step trains on, as a function of (seed, epoch, index) alone: a resume needs one integer.
 
@@ -365,9 +370,20 @@ class Order:
     That saves forward passes, but adds gradient noise if length depends on the kind of task. An epoch has only complete
     batches; the remaining examples (fewer than one batch, different ones in every epoch) are not used in that epoch.
     Fewer examples than one batch are one batch.
+
+    tokens: cut the permutation into batches of about this number of tokens, in place of ``batch`` examples. Every example
+    is then used in every epoch, and all epochs have the same number of batches.
     """
 
-    def __init__(self, lengths: SequenceOf[int] | np.ndarray, batch: int, seed: int, bucket: int = 1):
+    def __init__(
+        self,
+        lengths: SequenceOf[int] | np.ndarray,
+        batch: int,
+        seed: int,
+        bucket: int = 1,
+        tokens: int | None = None,
+    ):
+        self._tokens = tokens
         self._lengths = np.asarray(lengths, dtype=np.int64)
         if not len(self._lengths):
             raise ValueError("no examples to order")
@@ -375,8 +391,10 @@ class Order:
         self._seed = seed
         self._bucket = bucket
         self.steps_per_epoch = steps_per_epoch(len(self._lengths), batch)
+        if tokens is not None:
+            self.steps_per_epoch = steps_of_tokens(len(self._lengths), float(self._lengths.sum()), tokens)
         self._cached_epoch = -1
-        self._cached_batches = np.empty((0, 0), dtype=np.int64)
+        self._cached_batches: SequenceOf[np.ndarray] = []
 
     def batch(self, step: int) -> list[int]:
         """Return the indices of the examples of a (micro-)step, counted from 0."""
@@ -386,11 +404,13 @@ class Order:
             self._cached_epoch = epoch
         return self._cached_batches[index].tolist()
 
-    def _batches(self, epoch: int) -> np.ndarray:
+    def _batches(self, epoch: int) -> SequenceOf[np.ndarray]:
         steps = self.steps_per_epoch
         # Raw bits sorted, rather than a shuffle: their stream is the same in every version of numpy.
         bits = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
         permutation = self._examples(epoch, bits)
+        if self._tokens is not None:
+            return self._cut_by_tokens(permutation)
         # A short epoch is cut into several buckets too: with one bucket, every epoch would have the same batches.
         size = max(1, min(self._bucket, steps // 4)) * self._batch
         whole = len(permutation) // size * size  # the last bucket may be smaller
@@ -404,7 +424,18 @@ class Order:
 
     def _examples(self, epoch: int, bits: np.random.Philox) -> np.ndarray:
         """Return the examples of an epoch in random order."""
-        return np.argsort(bits.random_raw(len(self._lengths)), kind="stable")[: self.steps_per_epoch * self._batch]
+        permutation = np.argsort(bits.random_raw(len(self._lengths)), kind="stable")
+        return permutation if self._tokens is not None else permutation[: self.steps_per_epoch * self._batch]
+
+    def _cut_by_tokens(self, examples: np.ndarray) -> list[np.ndarray]:
+        """Cut an epoch into batches of about the same number of tokens, each with at least one example."""
+        steps = self.steps_per_epoch
+        lengths = self._lengths[examples]
+        middles = np.cumsum(lengths) - lengths / 2
+        cuts = np.searchsorted(middles, lengths.sum() * np.arange(1, steps) / steps)
+        least = np.arange(1, steps)  # examples before each cut, so that no batch is empty
+        spare = np.maximum.accumulate(np.clip(cuts - least, 0, len(examples) - steps))
+        return np.split(examples, spare + least)
 
 
 class MixedOrder(Order):
@@ -427,13 +458,20 @@ class MixedOrder(Order):
         *,
         sizes: SequenceOf[int],
         wanted: SequenceOf[float],
+        tokens: int | None = None,
     ):
-        super().__init__(lengths, batch, seed, bucket)
+        super().__init__(lengths, batch, seed, bucket, tokens)
         total = round(sum(wanted))
         self._batch = min(batch, total)
         self.steps_per_epoch = steps_per_epoch(total, batch)
         self._sizes = sizes
-        self.counts = apportioned(self.steps_per_epoch * self._batch, wanted)
+        if tokens is None:
+            self.counts = apportioned(self.steps_per_epoch * self._batch, wanted)
+            return
+        self.counts = apportioned(total, wanted)
+        of_source = np.split(self._lengths, np.cumsum(sizes)[:-1])
+        expected = sum(count * float(part.mean()) for count, part in zip(self.counts, of_source, strict=True))
+        self.steps_per_epoch = steps_of_tokens(total, expected, tokens)
 
     def _examples(self, epoch: int, bits: np.random.Philox) -> np.ndarray:
         starts = np.cumsum([0, *self._sizes])

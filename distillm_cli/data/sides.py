@@ -20,7 +20,7 @@ from distillm_cli.training.events import Listener, Note, Warned, silent
 from distillm_cli.types import PackedSequences, Sequence, SequencePacker, SequenceView, as_int32
 from distillm_cli.utils.text import counted
 
-_MANY = 0.2  # share of dropped rows above which a warning is printed
+_MANY = 0.2  # share of rows above which a message is a warning
 _NO_TOKENS = np.empty(0, dtype=np.int32)
 
 
@@ -95,9 +95,9 @@ def _report(dropped: int, unaligned: int, unlike: int, rows: int, name: str, lis
         message = f"{prefix}{dropped:,} of {counted(rows, 'row')} dropped for the teacher's template: {why}"
         listener(Warned(message) if dropped > _MANY * rows else Note(message))
     if unlike:
-        share = f"{unlike:,} of {counted(rows - dropped, 'row')}"
-        listener(
-            Note(
-                f"{prefix}in {share} the teacher's template writes other tokens of the response: it sees the student's"
-            )
+        left = rows - dropped
+        message = (
+            f"{prefix}in {unlike:,} of {counted(left, 'row')} the response has other tokens after the teacher's prompt than "
+            "after the student's, which both models get: the teacher may be worse at them"
         )
+        listener(Warned(message) if unlike > _MANY * left else Note(message))

@@ -16,7 +16,7 @@ from distillm_cli.config.derived import ptp_stage_recipe, sft_stage_recipe
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import AdapterConfig, DataConfig, Dtype, Recipe, chosen
 from distillm_cli.config.student_spec import BuiltinModel, ConfigFile, SavedModel, parse_student
-from distillm_cli.data.batching import Examples, MixedOrder, by_source, steps_per_epoch, tokenize
+from distillm_cli.data.batching import Examples, MixedOrder, by_source, steps_of_tokens, steps_per_epoch, tokenize
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_path
 from distillm_cli.data.templates import resolve_auto_template
@@ -354,6 +354,7 @@ def _run_figures(
         "steps_per_epoch": lengths.steps_per_epoch,
         "sequences_per_step": run.step_sequences
         * (2 if run.recipe.objective.row_weight or run.schedule.in_pairs else 1),
+        **({} if run.recipe.train.tokens_per_step is None else {"tokens_per_step": run.recipe.train.tokens_per_step}),
         "memory": memory | {"total": costs.peak_memory(memory, run.device)},
         "step_flops": _step_flops(run),
         **stages,
@@ -551,7 +552,11 @@ def _longest_lengths(recipe: Recipe, rows: Rows | None, student: Shape, teacher:
     response = max(1, longest - (prompt if prompt < longest else longest // 2))
     per_epoch = None
     if rows is not None:
-        per_epoch = steps_per_epoch(len(rows), recipe.train.batch_size * recipe.train.accumulate)
+        train = recipe.train
+        if train.tokens_per_step is not None:
+            per_epoch = steps_of_tokens(len(rows), float(len(rows) * longest), train.tokens_per_step)
+        else:
+            per_epoch = steps_per_epoch(len(rows), train.batch_size * train.accumulate)
     steps = recipe.train.steps if per_epoch is None else _steps(recipe, per_epoch)
     return costs.Lengths(
         longest=longest,

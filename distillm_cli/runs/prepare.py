@@ -132,12 +132,6 @@ class Prepared:
         return new_order(self.recipe, self.train)
 
     @property
-    def step_rows(self) -> int:
-        """Return the number of data set rows of a step, which is also the number of student outputs."""
-        train = self.recipe.train
-        return min(train.batch_size * train.accumulate, len(self.train))
-
-    @property
     def pass_overhead(self) -> int:
         """Return the overhead of a pass, by which rows are split into length groups, also for the teacher cache."""
         return pass_overhead(self.device.type, self.student.model.config.get_text_config().hidden_size)

@@ -305,9 +305,10 @@ class BatchComposition:
     The first epoch then computes no other batches than its own, and a row's cached states depend only on teacher, rows and
     order: a resumed run computes them in the same batches and gets the same bits.
 
-    batches: step → indices of its rows, in the first epoch. steps: number of steps of that epoch. max_rows, pass_overhead:
-    those of the micro-batches, which are smaller in several processes. leftovers: the rows in no batch of that epoch, fewer
-    than a batch, or many if the epoch does not have all rows of a mixture. They are cut into batches as large as a step's.
+    batches: step → indices of its rows, in the first epoch. steps: number of steps of that epoch. max_rows, max_tokens,
+    pass_overhead: those of the micro-batches, which are smaller in several processes. leftovers: the rows in no batch of
+    that epoch, fewer than a batch, or many if the epoch does not have all rows of a mixture. They are cut into batches as
+    large as a step's.
     """
 
     def __init__(
@@ -317,8 +318,10 @@ class BatchComposition:
         steps: int,
         rows: SequenceOf[Sequence],
         max_rows: int,
+        max_tokens: int | None = None,
         pass_overhead: int = MIN_PASS_OVERHEAD,
     ):
+        self._max_tokens = max_tokens
         self._batches = batches
         self._rows = rows
         self._steps = steps
@@ -348,7 +351,9 @@ class BatchComposition:
         found = []
         for step in dict.fromkeys(self._step_of_row[s.row] for s in rows):
             batch = [self._rows[int(i)] for i in self._batch(int(step))]
-            groups = length_groups(batch, min(self._max_rows, world().rows_each(len(batch))), self._pass_overhead)
+            each = world().rows_each(len(batch))
+            most = each if self._max_tokens is not None else min(self._max_rows, each)
+            groups = length_groups(batch, most, self._pass_overhead, self._max_tokens)
             found += [group for group in groups if not requested.isdisjoint(group)]
         return found
 

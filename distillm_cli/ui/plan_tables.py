@@ -140,6 +140,8 @@ def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows_counted = "in all rows" if data.get("sources") else "per epoch"
         rows.append(("supervised", f"{counted(data['response_tokens'], 'response token')} {rows_counted}"))
     sequences = counted(found["sequences_per_step"], "sequence")
+    if (tokens := found.get("tokens_per_step")) is not None:
+        sequences = f"about {tokens:,} tokens ({sequences})"
     if found["steps"] is None:
         rows.append(("steps", f"unknown number; {sequences} each"))
     else:
