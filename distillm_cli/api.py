@@ -423,7 +423,7 @@ def train_recipe(
         config = resolved.recipe
         student = config.student.path or "student"
         place = output_dir.default_name(
-            resolved.name, config.data.source, student, config.method, resume=options.resume
+            resolved.name, config.data.names[0], student, config.method, resume=options.resume
         )
     recipe_file = str(recipe) if isinstance(recipe, str | Path) else None
     result = start_training(verb, resolved, place, listener, options, recipe_file=recipe_file, notes=notes)
@@ -452,7 +452,7 @@ def pilot_recipe(
     from distillm_cli.runs.pilot import PilotOptions, run_pilot
 
     config = resolved.recipe
-    place = output_dir.pilot_name(resolved.name, config.data.source, config.student.required_path)
+    place = output_dir.pilot_name(resolved.name, config.data.names[0], config.student.required_path)
     return run_pilot(resolved, Path(output) if output else place, listener, PilotOptions(minutes, tuple(grid)))
 
 
@@ -483,7 +483,7 @@ def plan_recipe(
         return plan_pipeline(pipeline, listener, processes)
     resolved = fitted(resolve(command="plan", recipe=recipe, flags=flags, sets=sets))
     check_complete(resolved.recipe)
-    if resolved.origin["data.source"] == "default":
+    if resolved.origin["data.source"] == "default" and not resolved.recipe.data.sources:
         listener(Note("no --data: planned for Dolly (data.source dolly)"))
     line = fitted_line(resolved)
     if line is not None:

@@ -22,13 +22,22 @@ import torch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class TeacherPrompt:
+    """Hold the prompt of a sequence as the teacher sees it, rendered by another template. turns: as in ``Sequence``."""
+
+    ids: np.ndarray
+    turns: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Sequence:
     """Hold one prompt and one response as token ids (int32 arrays).
 
     Every token of the response is supervised: the token that ends it is part of it when the response is complete, and
     absent when the response was cut. ``row`` is the index of the dataset row it belongs to. ``turns``: ascending indices
     of prompt tokens that are supervised too, the earlier answers of a conversation; None if there are none. ``table``:
-    the table that the sequence is row ``row`` of; None for a sequence of its own.
+    the table that the sequence is row ``row`` of; None for a sequence of its own. teacher_prompt: the teacher's prompt; None
+    if it is the same. The response has the same tokens for both models, as have the ``turns``.
 
     Rows of a table are built at each access, so they are compared by table and row; other sequences by identity.
     """
@@ -38,6 +47,7 @@ class Sequence:
     row: int = -1
     turns: np.ndarray | None = None
     table: PackedSequences | None = field(default=None, kw_only=True, repr=False)
+    teacher_prompt: TeacherPrompt | None = field(default=None, kw_only=True, repr=False)
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -54,6 +64,18 @@ class Sequence:
     def supervised(self) -> int:
         """Return the number of supervised tokens: those of ``turns`` and of the response."""
         return len(self.response) + (0 if self.turns is None else len(self.turns))
+
+    @property
+    def for_teacher(self) -> Sequence:
+        """Return the sequence as the teacher sees it."""
+        if self.teacher_prompt is None:
+            return self
+        return Sequence(self.teacher_prompt.ids, self.response, self.row, self.teacher_prompt.turns)
+
+    @property
+    def prompt_length(self) -> int:
+        """Return the number of tokens of the longer prompt of both models."""
+        return max(len(self.prompt), len(self.for_teacher.prompt))
 
 
 class PackedSequences(SequenceOf[Sequence]):
@@ -86,6 +108,10 @@ class PackedSequences(SequenceOf[Sequence]):
         """Return the number of supervised tokens, per sequence."""
         return self._sizes_S3[:, 1:].sum(axis=1, dtype=np.int64)
 
+    def last_tokens(self, most: int) -> np.ndarray:
+        """Return the last token of each response among the first ``most`` sequences. Empty responses have none."""
+        return self._ids[self._ends[:most] - 1][self._sizes_S3[:most, 1] > 0]
+
     def __len__(self) -> int:
         return len(self._sizes_S3)
 
@@ -98,7 +124,9 @@ class PackedSequences(SequenceOf[Sequence]):
     def __getitem__(self, index: int | slice) -> Sequence | list[Sequence]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        row = range(len(self))[index]
+        return self._row(range(len(self))[index])
+
+    def _row(self, row: int) -> Sequence:
         prompt, response, turns = self._sizes_S3[row].tolist()
         end = int(self._ends[row])
         cut = end - response
@@ -107,6 +135,49 @@ class PackedSequences(SequenceOf[Sequence]):
             turn_end = int(self._turn_ends[row])
             own_turns = self._turns[turn_end - turns : turn_end]
         return Sequence(self._ids[cut - prompt : cut], self._ids[cut:end], row, own_turns, table=self)
+
+
+class SequenceView(PackedSequences):
+    """Present the sequences of several tables as one table, in any order, without copying them.
+
+    places_S2: for each sequence, the number of its table and its index there. teacher_prompts: the prompts that the teacher
+    sees, in the order of ``places_S2``; None if they are the same.
+    """
+
+    def __init__(
+        self,
+        tables: SequenceOf[PackedSequences],
+        places_S2: np.ndarray,
+        teacher_prompts: PackedSequences | None = None,
+    ):
+        self._tables = tables
+        self._places_S2 = places_S2
+        self._teacher_prompts = teacher_prompts
+        starts = np.cumsum([0, *map(len, tables)])
+        sizes_S3 = np.concatenate([table._sizes_S3 for table in tables])
+        self._sizes_S3 = sizes_S3[starts[places_S2[:, 0]] + places_S2[:, 1]]
+        digest = hashlib.sha256(b"view" + "".join(table.digest for table in tables).encode())
+        digest.update(np.ascontiguousarray(places_S2, dtype=np.int64).tobytes())
+        if teacher_prompts is not None:
+            digest.update(teacher_prompts.digest.encode())
+        self.digest = digest.hexdigest()
+
+    @classmethod
+    def joined(cls, tables: SequenceOf[PackedSequences]) -> SequenceView:
+        """Return all sequences of the tables, one table after the other."""
+        of_table = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+        return cls(tables, np.stack((of_table, np.concatenate([np.arange(len(table)) for table in tables])), axis=1))
+
+    def last_tokens(self, most: int) -> np.ndarray:
+        return np.array([s.response[-1] for s in self[:most] if len(s.response)], dtype=np.int64)
+
+    def _row(self, row: int) -> Sequence:
+        table, index = self._places_S2[row].tolist()
+        found = replace(self._tables[table][index], row=row, table=self)
+        if self._teacher_prompts is None:
+            return found
+        seen = self._teacher_prompts[row]
+        return replace(found, teacher_prompt=TeacherPrompt(seen.prompt, seen.turns))
 
 
 class SequencePacker:
@@ -175,6 +246,20 @@ def supervised_of(sequences: SequenceOf[Sequence]) -> np.ndarray:
     return np.array([s.supervised for s in sequences], dtype=np.int64)
 
 
+def response_lengths(sequences: SequenceOf[Sequence]) -> np.ndarray:
+    """Return the number of tokens of the response [S], per sequence."""
+    if isinstance(sequences, PackedSequences):
+        return sequences.lengths - sequences.prompt_lengths
+    return np.array([len(s.response) for s in sequences], dtype=np.int64)
+
+
+def last_tokens(sequences: SequenceOf[Sequence], most: int) -> np.ndarray:
+    """Return the last token of each response among the first ``most`` sequences. Empty responses have none."""
+    if isinstance(sequences, PackedSequences):
+        return sequences.last_tokens(most)
+    return np.array([s.response[-1] for s in sequences[:most] if len(s.response)], dtype=np.int64)
+
+
 # Columns of ``Rollout.log_probs_NK``: under the unfiltered student and teacher, and under the distribution that the token
 # was drawn from. Samplers without a teacher give the first alone.
 LOG_Q, LOG_P, LOG_DRAWN = range(3)
@@ -193,6 +278,18 @@ class Rollout(Sequence):
     log_probs_NK: torch.Tensor | None = None
     teacher_hidden_ND: torch.Tensor | None = None
     sampled_at: int | None = None
+
+    @classmethod
+    def to(cls, prompt: Sequence, response: np.ndarray, log_probs_NK: torch.Tensor | None = None) -> Rollout:
+        """Return a response to the prompt of a sequence. Earlier answers in the prompt are not supervised."""
+        seen = prompt.teacher_prompt
+        return cls(
+            prompt.prompt,
+            response,
+            prompt.row,
+            teacher_prompt=None if seen is None else TeacherPrompt(seen.ids),
+            log_probs_NK=log_probs_NK,
+        )
 
     @property
     def student_log_probs_N(self) -> torch.Tensor | None:
@@ -319,8 +416,15 @@ def pass_overhead(device: str, width: int) -> int:
     return max(MIN_PASS_OVERHEAD, min(512, 1_400_000 // width**2)) if device == "cpu" else 512
 
 
-def length_groups(sequences: SequenceOf[Sequence], most: int, pass_overhead: int = MIN_PASS_OVERHEAD) -> LengthGroups:
+def length_groups(
+    sequences: SequenceOf[Sequence],
+    most: int,
+    pass_overhead: int = MIN_PASS_OVERHEAD,
+    most_tokens: int | None = None,
+) -> LengthGroups:
     """Cut the sequences of one step into groups of at most ``most``, each of similar length.
+
+    most_tokens: limit of the padded positions of a group; a longer sequence is a group of its own.
 
     Sums of losses do not depend on the groups, so this saves padding and changes no gradient. The cut minimizes padded
     positions plus ``pass_overhead`` per group, by dynamic programming over the sequences sorted by length.
@@ -329,6 +433,8 @@ def length_groups(sequences: SequenceOf[Sequence], most: int, pass_overhead: int
     cost, start = [0.0], [0]
     for end in range(1, len(ordered) + 1):
         first = max(0, end - most)
+        while most_tokens is not None and first < end - 1 and len(ordered[first]) * (end - first) > most_tokens:
+            first += 1
         costs = [cost[i] + len(ordered[i]) * (end - i) + pass_overhead for i in range(first, end)]
         cheapest = min(range(len(costs)), key=costs.__getitem__)
         cost.append(costs[cheapest])
@@ -341,18 +447,26 @@ def length_groups(sequences: SequenceOf[Sequence], most: int, pass_overhead: int
 
 
 def micro_batches(
-    sequences: SequenceOf[Sequence], most: int, pass_overhead: int = MIN_PASS_OVERHEAD
+    sequences: SequenceOf[Sequence],
+    most: int,
+    pass_overhead: int = MIN_PASS_OVERHEAD,
+    most_tokens: int | None = None,
 ) -> list[LengthGroups]:
     """Gather the ``length_groups`` of one step into micro-batches of at most ``most`` sequences.
 
-    A micro-batch has one backward pass, so its activations are in memory together.
+    A micro-batch has one backward pass, so its activations are in memory together. most_tokens: limit of its padded
+    positions.
     """
     gathered: list[LengthGroups] = []
     room = 0
-    for part in length_groups(sequences, most, pass_overhead):
-        if len(part) > room:
+    token_room = 0
+    for part in length_groups(sequences, most, pass_overhead, most_tokens):
+        tokens = 0 if most_tokens is None else len(part) * max(map(len, part))
+        if len(part) > room or tokens > token_room:
             gathered.append([])
             room = most
+            token_room = most_tokens or 0
         gathered[-1].append(part)
         room -= len(part)
+        token_room -= tokens
     return gathered

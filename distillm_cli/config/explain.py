@@ -179,6 +179,8 @@ def describe_type(annotation: Any, metadata: list[Any]) -> str:
         noun = "a non-empty list" if any(isinstance(m, annotated_types.MinLen) for m in metadata) else "a list"
         count = "" if parts[-1] is Ellipsis else f" of {len(parts)}"
         return f"{noun}{count}, each {describe_type(parts[0], [])}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return f"a name or a mapping with the keys {', '.join(annotation.model_fields)}"
     names: dict[Any, str] = {bool: "true or false", int: "an integer", float: "a number", types.NoneType: "null"}
     examples = [m.examples[0] for m in metadata if isinstance(m, FieldInfo) and m.examples]
     if annotation not in names and examples:
@@ -229,6 +231,8 @@ ALIASES = {
     "dataset": "source",
     "model_name_or_path": "path",
     "max_seq_length": "max_length",
+    "template": "data.template",
+    "chat_template": "data.chat_template",
     "lmbda": "mix",
     "lora_r": "student.lora.r",
     "lora_rank": "student.lora.r",

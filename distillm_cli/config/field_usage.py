@@ -60,6 +60,7 @@ _USED_WITHOUT_TRAINING = {
 }
 _HELD_OUT_FIELDS = (
     "data.source",
+    "data.sources",
     "data.valid",
     "data.valid_limit",
 )  # sources of the rows that `eval` scores without a suite

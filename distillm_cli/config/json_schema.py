@@ -157,6 +157,8 @@ def _value(schema: Schema, definitions: dict[str, Schema]) -> Schema:
             part = [_value(option, definitions) for option in part]
         elif name == "items":
             part = _value(part, definitions)
+        elif name == "properties":
+            part = {key: _value(schema, definitions) for key, schema in part.items()}
         found["anyOf" if name == "oneOf" else name] = part
     return found
 
@@ -167,5 +169,9 @@ def _list_or_item(schema: Schema) -> Schema:
     if "items" not in arrays[0]:
         return schema  # of a fixed length
     others = [part for part in schema.get("anyOf", []) if part.get("type") != "array"]
+    items = arrays[0]["items"]
+    if "properties" in items:  # a section, for which a text is its required field
+        (required,) = items["required"]
+        arrays[0] = arrays[0] | {"items": {"anyOf": [items["properties"][required], items]}}
     bare = {name: part for name, part in arrays[0].items() if name not in ("description", "default")}
     return {"anyOf": [bare, arrays[0]["items"], *others], **_annotations(schema)}

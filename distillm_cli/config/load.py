@@ -203,7 +203,7 @@ def resolve_layers(
             keys = ", ".join(key for key in leaves() if key in noted_keys)
             run = f"method {validated.method}, objective {validated.objective.divergence}"
             run += f", schedule {validated.schedule.kind}"
-            run += f", data {validated.data.source}" if any(key.startswith("data.") for key in noted_keys) else ""
+            run += f", data {validated.data.title}" if any(key.startswith("data.") for key in noted_keys) else ""
             notes = (f"{label or name}: ignored, since this run ({run}) does not use them: {keys}",)
     origin = {key: given[key].origin if key in given else "default" for key in leaves() if has_field(validated, key)}
     return Resolved(validated, origin, overridden, notes, name)
@@ -262,6 +262,8 @@ def _yaml_rows(section: Section, prefix: str, resolved: Resolved) -> Iterable[tu
 def _without_credentials(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(_without_credentials, value))
+    if isinstance(value, Section):  # of a list
+        return value.model_copy(update={name: _without_credentials(part) for name, part in value})
     return redact(value) if isinstance(value, str) else value
 
 

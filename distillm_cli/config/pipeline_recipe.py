@@ -458,6 +458,8 @@ def inputs(config: StageConfig, recipe: Recipe) -> Iterator[tuple[str, str]]:
         given = getattr(config, name, None)
         for text in (given,) if isinstance(given, str) else given or ():
             yield name, text
+    for source in recipe.data.sources if "data" in _INPUT_SECTIONS[config.verb] else ():
+        yield "data.sources", source.source
     for key, value in values(recipe).items():
         is_input = key not in _NOT_INPUTS and not choices(key) and takes_texts_only(key)
         if not is_input or key.partition(".")[0] not in _INPUT_SECTIONS[config.verb]:

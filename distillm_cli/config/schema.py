@@ -60,11 +60,16 @@ _CHECKPOINTED = UsedWhen({"train.gradient_checkpointing": (True,)}, of_method=Fa
 _ADAMW = UsedWhen({"train.optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit")}, of_method=False)
 _ADVERSARIAL = UsedWhen({"train.adversarial": ("fgsm", "pgd")}, of_method=False)
 _ADVERSARIAL_STEPS = UsedWhen({"train.adversarial": ("pgd",)}, of_method=False)
+_OF_TOKENS = UsedWhen({"disco.enabled": (False,)}, of_method=False)
 _ATTACK = UsedWhen({"eval.attack": ("fgsm", "pgd")}, of_method=False)
 _ATTACK_STEPS = UsedWhen({"eval.attack": ("pgd",)}, of_method=False)
 _BUILTIN = {"data.source": ("builtin",)}
+_OF_MIXTURE = {
+    "data.sources": Condition("with builtin", ({"source": "builtin"},), lambda found: "builtin" in _names(found))
+}
 _SERVER = Condition("that is given", "http://127.0.0.1:8000", lambda url: url is not None)
 _RANK = Condition("that is given", 16, lambda rank: rank is not None)
+_ALONE = UsedWhen({"data.sources": Condition("that is empty", (), lambda found: not found)}, of_method=False)
 
 plugins.metrics.close("the schema of recipes")
 if TYPE_CHECKING:  # the real types depend on what is registered
@@ -81,6 +86,7 @@ else:
 AUTO: Final = "auto"  # for a number: it is chosen to fit the models before the run (runs/defaults.py)
 Auto = Literal["auto"]
 AttackName = Literal["none", "fgsm", "pgd"]
+Template = Literal["auto", "alpaca", "chat", "plain", "exact"]
 PrefixRange = Annotated[str, Field(pattern=r"^[1-9][0-9]*->[1-9][0-9]*$", examples=["64->256"])]
 _Number = TypeVar("_Number", int, float)
 
@@ -90,6 +96,11 @@ def chosen(value: _Number | Auto) -> _Number:
     if isinstance(value, str):
         raise ValueError("this recipe has numbers that are auto; fit it to its models first")
     return value
+
+
+def _names(sources: Any) -> list[Any]:
+    """Return the names of the sources of a mixture, as a recipe or a file of one has them."""
+    return [getattr(source, "source", source) for source in sources or ()]
 
 
 def _may_have_revision(model: Any) -> bool:
@@ -145,6 +156,15 @@ class TeacherConfig(Section):
         description="Address of a vLLM pooling server that computes the teacher's hidden states. teacher.path has the "
         "config, the tokenizer and the head, which is all that is loaded. Unset: the teacher runs in this process.",
     )
+    template: Template | None = Field(
+        None,
+        description="Prompt format that the teacher sees, if it is another one than the student's. Unset: data.template.",
+    )
+    chat_template: Name | None = Field(
+        None,
+        description="Chat template that the teacher sees: teacher for its own, student, or a Jinja file. Unset: "
+        "data.chat_template.",
+    )
 
 
 class AdapterConfig(Section):
@@ -192,6 +212,12 @@ class StudentConfig(Section):
     stop_tokens: tuple[Name, ...] = Field(
         (),
         description="Further tokens at which the student stops, as the tokenizer writes them. They are saved with it.",
+    )
+    template: Template | None = Field(
+        None, description="Prompt format that the student sees, if the teacher sees another one. Unset: data.template."
+    )
+    chat_template: Name | None = Field(
+        None, description="Chat template that the student sees, as data.chat_template. Unset: data.chat_template."
     )
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="Compute dtype. Parameters stay fp32 (autocast). auto: bf16 on hardware with fast bf16."
@@ -288,20 +314,45 @@ class ColumnsConfig(Section):
     response: Name | None = Field(None, description="Column of the response: text, or a list of references.")
 
 
+class SourceConfig(Section):
+    """Configure a source of a mixture (``data.sources``). A text in place of a mapping is its name."""
+
+    source: Name = Field(description="Data set, as in data.source.")
+    weight: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Weight of the source: its share of the rows of an epoch, relative to the other weights."
+    )
+    rows: Positive | None = Field(
+        None, description="Number of rows of the source in an epoch, in place of weights. Unset: all of its rows."
+    )
+    template: Template | None = Field(None, description="Prompt format of its rows. Unset: data.template.")
+    limit: Positive | None = Field(None, description="Use only its first N rows. Unset: data.limit.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_name(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+
 class DataConfig(Section):
     """Configure the rows and how they become examples."""
 
-    source: Name = Field(
+    source: Annotated[Name, _ALONE] = Field(
         "dolly",
         description="Data set, as a file, a directory, a hub name or a known name. Files are jsonl, json, csv or "
         "parquet, "
         "also as .gz and .zst. A directory holds such files or a data set of save_to_disk. A name is searched under "
         "$DISTILLM_DATA first.",
     )
+    sources: tuple[SourceConfig, ...] = Field(
+        (),
+        description="Sources of a mixture, in place of source: each a name, or a mapping with the keys source, weight or "
+        "rows, template and limit. Weights are shares of the rows of an epoch, rows their number. Without either, an epoch "
+        "has each row once. A row is not repeated before all rows of its source were used.",
+    )
     valid: Name | None = Field(
         None, description="Held-out rows: a file or another source. Unset: those of the source, else a slice."
     )
-    template: Literal["auto", "alpaca", "chat", "plain", "exact"] = Field(
+    template: Template = Field(
         "auto",
         description="Prompt format. auto: chat for conversations, and for instructions if teacher and student have "
         "chat templates; else alpaca for instructions, plain for questions, exact for whole prompts.",
@@ -352,15 +403,20 @@ class DataConfig(Section):
         "drop",
         description="Handling of rows over max_length. truncate cuts the end of the response. Prompts are never cut.",
     )
-    limit: Positive | None = Field(None, description="Use only the first N rows.")
+    limit: Positive | None = Field(None, description="Use only the first N rows, of each source of a mixture.")
     teacher_samples: Annotated[Name | None, _TEACHER_SAMPLES] = Field(
         None,
         description="File of teacher responses that `generate` wrote, matched to the rows by their prompts. Unset: they "
         "are sampled during the run.",
     )
-    valid_limit: Positive = Field(1000, description="Maximum number of held-out rows used for validation.")
-    size: Annotated[Positive, UsedWhen(_BUILTIN)] = Field(20_000, description="Rows of the builtin data set.")
-    tasks: Annotated[tuple[str, ...] | None, UsedWhen(_BUILTIN, {"data.valid": ("builtin",)})] = Field(
+    valid_limit: Positive = Field(
+        1000,
+        description="Maximum number of held-out rows used for validation. The sources of a mixture have equal parts of it.",
+    )
+    size: Annotated[Positive, UsedWhen(_BUILTIN, _OF_MIXTURE)] = Field(
+        20_000, description="Rows of the builtin data set."
+    )
+    tasks: Annotated[tuple[str, ...] | None, UsedWhen(_BUILTIN, _OF_MIXTURE, {"data.valid": ("builtin",)})] = Field(
         None, description="Kinds of task of the builtin data set. Unset: all."
     )
     seed: int = Field(1, description="Seed of the builtin rows and of the held-out slice.")
@@ -387,6 +443,30 @@ class DataConfig(Section):
     store_dir: Name | None = Field(
         None, description="Directory of the stored rows. Unset: rows/ in $DISTILLM_CACHE, else in ~/.cache/distillm."
     )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the sources of training rows: one, or those of the mixture."""
+        return tuple(source.source for source in self.sources) or (self.source,)
+
+    @property
+    def title(self) -> str:
+        """Return the names of the sources as one text."""
+        return " + ".join(self.names)
+
+    def of(self, source: str, **changes: Any) -> DataConfig:
+        """Return the section with this source alone, and other changed fields."""
+        return self.model_copy(update={"source": source, "sources": (), **changes})
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> DataConfig:
+        has_weight = [source.weight is not None for source in self.sources]
+        if any(has_weight) and any(source.rows is not None for source in self.sources):
+            raise ValueError("data.sources: weights and rows cannot be combined; give every source a weight, or none")
+        if any(has_weight) and not all(has_weight):
+            missing = self.sources[has_weight.index(False)].source
+            raise ValueError(f"data.sources: {missing} has no weight, and others have one; give every source a weight")
+        return self
 
     @model_validator(mode="after")
     def _check_date(self) -> DataConfig:
@@ -479,6 +559,16 @@ class TrainConfig(Section):
     batch_size: Positive = Field(8, description="Sequences per micro-batch.")
     accumulate: Positive = Field(
         1, description="Micro-batches per step. The loss is the mean over the tokens of the whole step."
+    )
+    tokens_per_batch: Annotated[Positive | None, _OF_TOKENS] = Field(
+        None,
+        description="Limit of a micro-batch in tokens, padding included, in place of batch_size sequences. A step still has "
+        "batch_size × accumulate rows, or tokens_per_step tokens, and its loss is the mean over its tokens.",
+    )
+    tokens_per_step: Annotated[Positive | None, _OF_TOKENS] = Field(
+        None,
+        description="Tokens of a step, of prompts and responses together, in place of batch_size × accumulate rows. Steps "
+        "have about this number of tokens.",
     )
     lr: Annotated[float, Field(gt=0)] | Auto = Field(
         AUTO,
@@ -681,6 +771,17 @@ class Recipe(Section):
         fine_tunes = self.method == "sft" or self.student.sft_epochs > 0 or self.student.ptp > 0
         return fine_tunes or self.schedule.uses_rows or self.objective.row_weight > 0
 
+    def data_of(self, side: Literal["teacher", "student"]) -> DataConfig:
+        """Return the data section as one side sees it: with the templates of ``teacher`` or ``student``, if they are set."""
+        own = self.teacher if side == "teacher" else self.student
+        given = {"template": own.template, "chat_template": own.chat_template}
+        return self.data.model_copy(update={name: value for name, value in given.items() if value is not None})
+
+    @property
+    def has_two_sides(self) -> bool:
+        """Return whether teacher and student see rows by different templates."""
+        return self.method != "sft" and self.data_of("teacher") != self.data_of("student")
+
     @property
     def teacher_trainer(self) -> str | None:
         """Return the key of the field by which the run changes the teacher; None if it is the one on disk."""
@@ -788,6 +889,46 @@ class Recipe(Section):
                 f"student.path {self.student.path} would copy layers of a teacher with random weights "
                 f"({self.teacher.path}); try --student random:2x128"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_steps_of_tokens(self) -> Recipe:
+        if self.train.tokens_per_step is None:
+            return self
+        if self.data.bucket > 1:
+            raise ValueError(
+                f"train.tokens_per_step: data.bucket {self.data.bucket} groups rows, not tokens; try --set data.bucket=1"
+            )
+        if self.schedule.kind == "rounds":
+            raise ValueError(
+                "train.tokens_per_step: schedule.kind rounds replays batches of equal numbers of rows; try "
+                "--set train.tokens_per_step=null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_sides(self) -> Recipe:
+        fields = {
+            "teacher.template": self.teacher.template,
+            "teacher.chat_template": self.teacher.chat_template,
+            "student.template": self.student.template,
+            "student.chat_template": self.student.chat_template,
+        }
+        key = next((f"{key} {value}" for key, value in fields.items() if value is not None), None)
+        if key is None or not self.has_two_sides:
+            return self
+        same_prompts = {
+            f"the teacher changes ({self.teacher_trainer}) and needs": self.teacher_trainer is not None,
+            "objective.hidden needs": self.objective.hidden > 0,
+            "data.mixup needs": self.data.mixup > 0,
+            "objective.input_gradient needs": self.objective.input_gradient > 0,
+            "sampling from a mixture with the teacher needs": self.samples_from_mixture,
+        }
+        needs = next((text for text, is_met in same_prompts.items() if is_met), None)
+        if needs is not None:
+            raise ValueError(f"{key}: {needs} the same prompt for both models; remove it")
+        if any(source.template is not None for source in self.data.sources):
+            raise ValueError(f"{key}: a source of data.sources has its own template; remove one of them")
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from distillm_cli.errors import RecipeError
 
@@ -43,6 +44,11 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _represent_section(dumper: yaml.SafeDumper, section: BaseModel) -> yaml.Node:
+    return dumper.represent_dict(section.model_dump(exclude_defaults=True))
+
+
+_Dumper.add_multi_representer(BaseModel, _represent_section)
 _Loader.yaml_implicit_resolvers = {}  # without the base class's
 for _name, _pattern, _first in _SCALARS:
     _Loader.add_implicit_resolver(_TAG + _name, _pattern, _first)
@@ -141,7 +147,10 @@ def node_value(node: yaml.Node | None, label: str, *, texts: bool = False) -> An
 
 
 def text_of(value: Any) -> str:
-    """Format a scalar or a list of scalars as one line of YAML. Floats have a point (``1.0e-07``), as YAML 1.1 needs."""
+    """Format a scalar, or a list of scalars or sections, as one line of YAML.
+
+    Floats have a point (``1.0e-07``), as YAML 1.1 needs.
+    """
 
     def dumped(style: str | None) -> str:
         whole = yaml.dump(

@@ -19,16 +19,26 @@ import numpy as np
 
 from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.encoder import Encoded, Encoder, LeftOut, TooLong
+from distillm_cli.data.row_store import JoinedRows
 from distillm_cli.data.rows import Row
-from distillm_cli.data.sources import LISTED, Rows, pick
+from distillm_cli.data.sources import LISTED, Rows, named_parts, pick
 from distillm_cli.data.token_ids import CHUNK, TokenIds
 from distillm_cli.errors import DataError, PeerProcessError
 from distillm_cli.training.events import Listener, Note, Progress, Warned, silent
-from distillm_cli.types import PackedSequences, Sequence, SequencePacker, as_int32, lengths_of, supervised_of
+from distillm_cli.types import (
+    PackedSequences,
+    Sequence,
+    SequencePacker,
+    SequenceView,
+    as_int32,
+    lengths_of,
+    supervised_of,
+)
 from distillm_cli.utils.text import all_are, counted
 
 _WARNING_SHARE = 0.2  # share of dropped rows above which a warning is printed
 _CHUNKS_AHEAD = 4  # chunks of rows that wait for each tokenizing process
+_ROUND = 0x526F756E  # separates the seeds of the rounds of a source from those of epochs
 _COVERED_SHARE = 0.95  # share of rows within the limits that the warning suggests
 
 
@@ -39,7 +49,8 @@ class Examples:
     dropped: number of rows that are too long. dropped_prompts: number of those whose prompt alone is too long.
     truncated: responses that were cut. unsupervised: rows without a response to train on. refused: the reason for each
     row that could not be rendered (``data.skip_bad_rows``). spanning: rows in which a token spans the end of the prompt.
-    end_ids: end tokens of responses other than the usual one.
+    end_ids: end tokens of responses other than the usual one. part_sizes: number of examples of each source of a mixture,
+    which are one after the other.
     """
 
     sequences: SequenceOf[Sequence]
@@ -51,6 +62,23 @@ class Examples:
     refused: list[str] = field(default_factory=list)
     spanning: int = 0
     end_ids: set[int] = field(default_factory=set)
+    part_sizes: tuple[int, ...] = ()
+
+    @classmethod
+    def joined(cls, parts: SequenceOf[Examples]) -> Examples:
+        """Return the examples of several sources, one source after the other."""
+        return cls(
+            SequenceView.joined([part.sequences for part in parts]),
+            JoinedRows([part.rows for part in parts]),
+            dropped=sum(part.dropped for part in parts),
+            dropped_prompts=sum(part.dropped_prompts for part in parts),
+            truncated=sum(part.truncated for part in parts),
+            unsupervised=sum(part.unsupervised for part in parts),
+            refused=[reason for part in parts for reason in part.refused],
+            spanning=sum(part.spanning for part in parts),
+            end_ids=set().union(*(part.end_ids for part in parts)),
+            part_sizes=tuple(len(part) for part in parts),
+        )
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -148,6 +176,12 @@ def tokenize(
     return Examples(sequences, pick(own_rows, found.kept), **found.facts())
 
 
+def by_source(name: str, rows: SequenceOf[Row], make: Callable[[str, SequenceOf[Row]], Examples]) -> Examples:
+    """Return the examples that ``make`` returns for the rows of each source, given their name (``named_parts``)."""
+    parts = [make(part_name, part) for part_name, part in named_parts(name, rows).items()]
+    return Examples.joined(parts) if getattr(rows, "parts", ()) else parts[0]
+
+
 def tokenize_into(
     packer: SequencePacker,
     rows: SequenceOf[Row],
@@ -168,7 +202,7 @@ def tokenize_into(
                 packer.append(outcome.sequence)
         listener(Progress(f"tokenizing {name}".rstrip(), found.rows, len(rows), "rows"))
     if not len(packer):
-        raise _no_rows_error(found.too_long, found.left_out, encoder.limit(max_context))
+        raise _no_rows_error(found.too_long, found.left_out, encoder.limit(max_context), name)
     prefix = f"{name}: " if name else ""
     _report_lengths(found, packer.sizes_S3, prefix, encoder, max_context, listener)
     _report_texts(found, prefix, data, listener)
@@ -242,18 +276,19 @@ def _suggest_limits(sizes_S3: np.ndarray, too_long: list[TooLong], encoder: Enco
     return f"{' '.join(options)} would keep {_COVERED_SHARE:.0%}"
 
 
-def _no_rows_error(too_long: list[TooLong], others: list[LeftOut], limit: int) -> DataError:
-    """Return the error for a source without usable rows."""
+def _no_rows_error(too_long: list[TooLong], others: list[LeftOut], limit: int, name: str) -> DataError:
+    """Return the error for a source without usable rows. name: of the source; may be empty."""
+    prefix = f"{name}: " if name else ""
     if not too_long:
         if not others:
-            return DataError("data.no_rows", "no rows to tokenize", hint="check the source")
+            return DataError("data.no_rows", f"{prefix}no rows to tokenize", hint="check the source")
         reasons = [row.reason for row in others if row.reason]
         if not reasons:
-            message = f"{all_are(len(others), 'row')} without a response to train on"
+            message = f"{prefix}{all_are(len(others), 'row')} without a response to train on"
             return DataError(
                 "data.no_answer", message, where=others[0].where, hint="check the messages' weight and train fields"
             )
-        return DataError("data.no_rows", f"no rows left: {reasons[0]}", hint="check the rows")
+        return DataError("data.no_rows", f"{prefix}no rows left: {reasons[0]}", hint="check the rows")
     shortest = min(too_long, key=lambda row: row.prompt + row.response)
     prompt_limit = min(row.limit for row in too_long if row.part == shortest.part)
     limits = f"{limit:,} tokens in total"
@@ -261,8 +296,8 @@ def _no_rows_error(too_long: list[TooLong], others: list[LeftOut], limit: int) -
         limits = f"{prompt_limit:,} for the prompt, {limit:,} in total"
     return DataError(
         "data.row_too_long",
-        f"{all_are(len(too_long), 'row')} too long: the shortest has {shortest.prompt:,} + {shortest.response:,} tokens "
-        f"(prompt + response), the limit is {limits}",
+        f"{prefix}{all_are(len(too_long), 'row')} too long: the shortest has {shortest.prompt:,} + "
+        f"{shortest.response:,} tokens (prompt + response), the limit is {limits}",
         where=shortest.where,
         hint="raise --max-length (and data.max_prompt_length), or use a model with a longer context",
     )
@@ -321,6 +356,11 @@ def steps_per_epoch(rows: int, batch: int) -> int:
     return rows // min(batch, rows)
 
 
+def steps_of_tokens(rows: int, total: float, tokens: int) -> int:
+    """Return the number of batches of about ``tokens`` tokens in an epoch of ``rows`` rows with ``total`` tokens."""
+    return max(1, min(rows, round(total / tokens)))
+
+
 class Order:
     """Compute which examples a step trains on, as a function of (seed, epoch, index) alone: a resume needs one integer.
 
@@ -330,9 +370,20 @@ class Order:
     That saves forward passes, but adds gradient noise if length depends on the kind of task. An epoch has only complete
     batches; the remaining examples (fewer than one batch, different ones in every epoch) are not used in that epoch.
     Fewer examples than one batch are one batch.
+
+    tokens: cut the permutation into batches of about this number of tokens, in place of ``batch`` examples. Every example
+    is then used in every epoch, and all epochs have the same number of batches.
     """
 
-    def __init__(self, lengths: SequenceOf[int] | np.ndarray, batch: int, seed: int, bucket: int = 1):
+    def __init__(
+        self,
+        lengths: SequenceOf[int] | np.ndarray,
+        batch: int,
+        seed: int,
+        bucket: int = 1,
+        tokens: int | None = None,
+    ):
+        self._tokens = tokens
         self._lengths = np.asarray(lengths, dtype=np.int64)
         if not len(self._lengths):
             raise ValueError("no examples to order")
@@ -340,8 +391,10 @@ class Order:
         self._seed = seed
         self._bucket = bucket
         self.steps_per_epoch = steps_per_epoch(len(self._lengths), batch)
+        if tokens is not None:
+            self.steps_per_epoch = steps_of_tokens(len(self._lengths), float(self._lengths.sum()), tokens)
         self._cached_epoch = -1
-        self._cached_batches = np.empty((0, 0), dtype=np.int64)
+        self._cached_batches: SequenceOf[np.ndarray] = []
 
     def batch(self, step: int) -> list[int]:
         """Return the indices of the examples of a (micro-)step, counted from 0."""
@@ -351,11 +404,13 @@ class Order:
             self._cached_epoch = epoch
         return self._cached_batches[index].tolist()
 
-    def _batches(self, epoch: int) -> np.ndarray:
+    def _batches(self, epoch: int) -> SequenceOf[np.ndarray]:
         steps = self.steps_per_epoch
         # Raw bits sorted, rather than a shuffle: their stream is the same in every version of numpy.
         bits = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
-        permutation = np.argsort(bits.random_raw(len(self._lengths)), kind="stable")[: steps * self._batch]
+        permutation = self._examples(epoch, bits)
+        if self._tokens is not None:
+            return self._cut_by_tokens(permutation)
         # A short epoch is cut into several buckets too: with one bucket, every epoch would have the same batches.
         size = max(1, min(self._bucket, steps // 4)) * self._batch
         whole = len(permutation) // size * size  # the last bucket may be smaller
@@ -366,6 +421,85 @@ class Order:
         ]
         batches = np.concatenate([bucket.ravel() for bucket in by_length]).reshape(steps, self._batch)
         return batches[np.argsort(bits.random_raw(steps), kind="stable")]
+
+    def _examples(self, epoch: int, bits: np.random.Philox) -> np.ndarray:
+        """Return the examples of an epoch in random order."""
+        permutation = np.argsort(bits.random_raw(len(self._lengths)), kind="stable")
+        return permutation if self._tokens is not None else permutation[: self.steps_per_epoch * self._batch]
+
+    def _cut_by_tokens(self, examples: np.ndarray) -> list[np.ndarray]:
+        """Cut an epoch into batches of about the same number of tokens, each with at least one example."""
+        steps = self.steps_per_epoch
+        lengths = self._lengths[examples]
+        middles = np.cumsum(lengths) - lengths / 2
+        cuts = np.searchsorted(middles, lengths.sum() * np.arange(1, steps) / steps)
+        least = np.arange(1, steps)  # examples before each cut, so that no batch is empty
+        spare = np.maximum.accumulate(np.clip(cuts - least, 0, len(examples) - steps))
+        return np.split(examples, spare + least)
+
+
+class MixedOrder(Order):
+    """Order the examples of a mixture. An epoch has a fixed number of examples of each source.
+
+    A source goes through its examples in rounds, each a permutation of all of them: an example is not repeated before all
+    of its source were used, and an epoch continues where the one before it stopped. The numbers of an epoch add up to
+    complete batches, so that no examples remain. Everything else is as in ``Order``.
+
+    sizes: number of examples of each source, which are one after the other. wanted: number of examples of each source in
+    an epoch, before it is rounded to complete batches. counts: the same afterwards.
+    """
+
+    def __init__(
+        self,
+        lengths: SequenceOf[int] | np.ndarray,
+        batch: int,
+        seed: int,
+        bucket: int = 1,
+        *,
+        sizes: SequenceOf[int],
+        wanted: SequenceOf[float],
+        tokens: int | None = None,
+    ):
+        super().__init__(lengths, batch, seed, bucket, tokens)
+        total = round(sum(wanted))
+        self._batch = min(batch, total)
+        self.steps_per_epoch = steps_per_epoch(total, batch)
+        self._sizes = sizes
+        if tokens is None:
+            self.counts = apportioned(self.steps_per_epoch * self._batch, wanted)
+            return
+        self.counts = apportioned(total, wanted)
+        of_source = np.split(self._lengths, np.cumsum(sizes)[:-1])
+        expected = sum(count * float(part.mean()) for count, part in zip(self.counts, of_source, strict=True))
+        self.steps_per_epoch = steps_of_tokens(total, expected, tokens)
+
+    def _examples(self, epoch: int, bits: np.random.Philox) -> np.ndarray:
+        starts = np.cumsum([0, *self._sizes])
+        chosen = [
+            start + self._rounds(source, epoch * count, (epoch + 1) * count)
+            for source, (start, count) in enumerate(zip(starts, self.counts, strict=False))
+        ]
+        together = np.concatenate(chosen)
+        return together[np.argsort(bits.random_raw(len(together)), kind="stable")]
+
+    def _rounds(self, source: int, first: int, end: int) -> np.ndarray:
+        """Return places ``first`` to ``end`` of a source's rounds, one after the other."""
+        size = self._sizes[source]
+        rounds = []
+        for number in range(first // size, -(-end // size)):
+            bits = np.random.Philox(np.random.SeedSequence([self._seed, number, source, _ROUND]))
+            rounds.append(np.argsort(bits.random_raw(size), kind="stable"))
+        skipped = first // size * size
+        return np.concatenate([np.empty(0, dtype=np.int64), *rounds])[first - skipped : end - skipped]
+
+
+def apportioned(total: int, wanted: SequenceOf[float]) -> list[int]:
+    """Return whole numbers in proportion to ``wanted`` that add up to ``total``, by largest remainder."""
+    exact = np.asarray(wanted, dtype=np.float64) * (total / sum(wanted))
+    counts = np.floor(exact).astype(np.int64)
+    missing = total - int(counts.sum())
+    counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1
+    return counts.tolist()
 
 
 def batches_by_length(sequences: SequenceOf[Sequence], batch: int) -> list[list[Sequence]]:

@@ -147,6 +147,10 @@ class ChatTemplate:
         """
         return self._write(row, self._messages(row), prompting=True)
 
+    def adds_generation_prompt(self, row: Any) -> bool:
+        """Return whether the prompt differs from the row's messages alone. Raises as ``prompt`` does."""
+        return self.prompt(row) != self._write(row, self._messages(row))
+
     def text(self, row: Any) -> Text | None:
         """Return the row's conversation with the answers to supervise, None without such answers.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from collections.abc import Sequence as SequenceOf
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,9 +123,18 @@ class Encoder:
 
     def with_settings(self, **changes: Any) -> Encoder:
         """Return an encoder for the same model with other settings of ``data``."""
+        return self._like(self.tokenizer, self.data.model_copy(update=changes))
+
+    def with_chat_template(self, template: str | dict[str, str]) -> Encoder:
+        """Return an encoder for the same model with another chat template."""
+        tokenizer = copy(self.tokenizer)
+        tokenizer.chat_template = template
+        return self._like(tokenizer, self.data)
+
+    def _like(self, tokenizer: Any, data: DataConfig) -> Encoder:
         return Encoder(
-            self.tokenizer,
-            self.data.model_copy(update=changes),
+            tokenizer,
+            data,
             is_encoder_decoder=self.is_encoder_decoder,
             affixes=self.affixes,
             stops=self.stops,

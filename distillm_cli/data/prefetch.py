@@ -21,7 +21,7 @@ from typing import Any
 
 from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.rows import Row
-from distillm_cli.data.sources import Rows, Split, kinds_of, load_rows, local_path
+from distillm_cli.data.sources import Rows, Split, kinds_of, load_rows, local_path, named_parts
 from distillm_cli.data.templates import Renderer
 from distillm_cli.data.token_ids import (
     CHUNK,
@@ -71,7 +71,7 @@ class Prefetcher:
         self._chunks: _Chunks = {}
 
     def __enter__(self) -> Prefetcher:
-        names = [name for name in (self._data.source, self._data.valid) if name not in (None, "builtin")]
+        names = [name for name in (*self._data.names, self._data.valid) if name not in (None, "builtin")]
         if all(local_path(name) is not None for name in names):
             self._start()
         return self
@@ -143,7 +143,9 @@ class Prefetcher:
 
     def _tokenize_by_file(self) -> tuple[str, _Chunks] | None:
         """Submit all rows; return the tokenization rules as text, and the chunks. None without such a file."""
-        sources = {split: self._readings[split].rows.result() for split in _SPLITS}
+        sources: dict[str, SequenceOf[Row]] = {}
+        for split in _SPLITS:
+            sources |= named_parts(split, self._readings[split].rows.result())
         rules = load_tokenizer_rules(sources.values(), self._renderer, self._find_tokenizer)
         return None if rules is None else (rules.to_str(), self._submit(sources, rules))
 

@@ -1,4 +1,4 @@
-"""Store the rows of a source as JSON in one file, and read each row when it is accessed."""
+"""Store the rows of a source as JSON in one file, read each when it is accessed, and join the rows of several sources."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -30,13 +31,20 @@ _PROGRESS_ROWS = 10_000
 
 
 class StoredRows(SequenceOf[Row]):
-    """Hold rows on disk. text: bytes of all rows. index: of these rows (``_INDEX``). formats: their names, by number."""
+    """Hold rows on disk.
 
-    def __init__(self, text: np.ndarray, index: np.ndarray, formats: SequenceOf[str], key: str):
+    text: bytes of all rows. index: of these rows (``_INDEX``). formats: their names, by number. key: of the store.
+    template: ``Row.template`` of all rows.
+    """
+
+    def __init__(
+        self, text: np.ndarray, index: np.ndarray, formats: SequenceOf[str], key: str, template: str | None = None
+    ):
         self._text = text
         self._index = index
         self._formats = formats
         self._key = key
+        self._template = template
 
     def __len__(self) -> int:
         return len(self._index)
@@ -57,12 +65,18 @@ class StoredRows(SequenceOf[Row]):
 
     def pick(self, indices: SequenceOf[int] | np.ndarray) -> StoredRows:
         """Return the rows at these indices."""
-        return StoredRows(self._text, self._index[np.asarray(indices, dtype=np.int64)], self._formats, self._key)
+        index = self._index[np.asarray(indices, dtype=np.int64)]
+        return StoredRows(self._text, index, self._formats, self._key, self._template)
+
+    def with_template(self, template: str) -> StoredRows:
+        """Return the rows with a template of their own."""
+        return StoredRows(self._text, self._index, self._formats, self._key, template)
 
     @cached_property
     def digest(self) -> str:
-        """Return a digest of the rows: of their store and of their places in it."""
-        return hashlib.sha256(self._key.encode() + self._index["start"].tobytes()).hexdigest()
+        """Return a digest of the rows: of their store, of their places in it, and of their template."""
+        key = self._key + (self._template or "")
+        return hashlib.sha256(key.encode() + self._index["start"].tobytes()).hexdigest()
 
     @property
     def keys_N2(self) -> np.ndarray:
@@ -87,7 +101,46 @@ class StoredRows(SequenceOf[Row]):
         start, size, *_ = self._index[i].item()
         found = json.loads(self._text[start : start + size].tobytes().decode("utf-8", "surrogatepass"))
         found["references"] = tuple(found.get("references", ()))
-        return Row(**found)
+        return Row(**found, template=self._template)
+
+
+class JoinedRows(SequenceOf[Row]):
+    """Hold the rows of several sources, one after the other, where they are: in memory or on disk."""
+
+    def __init__(self, parts: SequenceOf[SequenceOf[Row]]):
+        self.parts = parts
+        self._ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        part = int(np.searchsorted(self._ends, i, side="right"))
+        return self.parts[part][i - int(self._ends[part])]
+
+    def __iter__(self) -> Iterator[Row]:
+        return chain.from_iterable(self.parts)
+
+    def pick(self, indices: SequenceOf[int] | np.ndarray) -> JoinedRows:
+        """Return the rows at these ascending indices."""
+        starts = [0, *self._ends[:-1]]
+        cuts = np.split(np.asarray(indices, dtype=np.int64), np.searchsorted(indices, self._ends[:-1]))
+        picked = zip(self.parts, cuts, starts, strict=True)
+        return JoinedRows([pick(part, cut - start) for part, cut, start in picked])
+
+    @property
+    def kinds(self) -> list[Row]:
+        """Return the rows of ``kinds_of`` every part."""
+        return [row for part in self.parts for row in kinds_of(part)]
 
 
 def store_rows(rows: Iterable[Row], directory: Path, listener: Listener, what: str) -> list[str]:
@@ -124,6 +177,8 @@ def prompt_keys(rows: SequenceOf[Row]) -> np.ndarray:
     """Return a digest of each row's ``Row.key`` [N, 2], equal for rows with the same prompt."""
     if isinstance(rows, StoredRows):
         return rows.keys_N2
+    if isinstance(rows, JoinedRows):
+        return np.concatenate([prompt_keys(part) for part in rows.parts])
     return np.array([_key_digest(row) for row in rows], dtype=np.uint64).reshape(-1, 2)
 
 
@@ -134,7 +189,16 @@ def kinds_of(rows: SequenceOf[Row]) -> Iterable[Row]:
 
 def pick(rows: SequenceOf[Row], indices: SequenceOf[int] | np.ndarray) -> SequenceOf[Row]:
     """Return the rows at these indices, from disk if they are stored."""
-    return rows.pick(indices) if isinstance(rows, StoredRows) else [rows[i] for i in indices]
+    return rows.pick(indices) if isinstance(rows, StoredRows | JoinedRows) else [rows[i] for i in indices]
+
+
+def with_template(rows: SequenceOf[Row], template: str | None) -> SequenceOf[Row]:
+    """Return the rows with a template of their own; None leaves them to the template of the run."""
+    if template is None:
+        return rows
+    return (
+        rows.with_template(template) if isinstance(rows, StoredRows) else [replace(r, template=template) for r in rows]
+    )
 
 
 def _key_digest(row: Row) -> tuple[int, int]:

@@ -29,7 +29,8 @@ class Row:
     prompts are needed. where: "train.jsonl:318". task: its kind, if known. is_question: the instruction comes from a
     column other than `instruction`, which template `auto` renders plain. truncated: the response was cut at a length
     limit (`complete: false`, as `generate` writes it) and has no end token. raw: for rows of `generate`, the response
-    as generated, including structural special tokens. format: the name of the row's format, for display.
+    as generated, including structural special tokens. format: the name of the row's format, for display. template: of its
+    source in a mixture, in place of the run's.
     """
 
     instruction: str | None = None
@@ -47,6 +48,7 @@ class Row:
     truncated: bool = False
     raw: str | None = None
     format: str = ""
+    template: str | None = None
 
     @property
     def is_answered(self) -> bool:

@@ -17,7 +17,16 @@ from distillm_cli.config.schema import ColumnsConfig, DataConfig
 from distillm_cli.data.files import UnreadableRecord
 from distillm_cli.data.formats import readable_columns
 from distillm_cli.data.locations import DataSource, find_source, is_path, local_path, path_kind, user_path
-from distillm_cli.data.row_store import StoredRows, kinds_of, map_rows, pick, prompt_keys, store_rows
+from distillm_cli.data.row_store import (
+    JoinedRows,
+    StoredRows,
+    kinds_of,
+    map_rows,
+    pick,
+    prompt_keys,
+    store_rows,
+    with_template,
+)
 from distillm_cli.data.rows import BadRow, Row, Split, read_row
 from distillm_cli.data.store import fingerprint, key_of, open_or_make
 from distillm_cli.errors import DataError, StorageError
@@ -48,7 +57,8 @@ class Rows(SequenceOf[Row]):
 
     name: of the source, for display. path: of a local source. skipped: a message per broken row that was left out
     (`data.skip_bad_rows`). split: the requested one. splits: those of the source itself. read_columns: the columns that
-    were read. unread_columns: the other columns, with the share of rows that have a value there.
+    were read. unread_columns: the other columns, with the share of rows that have a value there. parts: the rows of each
+    source of a mixture, in order.
     """
 
     rows: SequenceOf[Row]
@@ -59,11 +69,14 @@ class Rows(SequenceOf[Row]):
     splits: tuple[str, ...] = ()
     read_columns: tuple[str, ...] = ()
     unread_columns: dict[str, float] = field(default_factory=dict)
+    parts: tuple[Rows, ...] = ()
 
     @property
     def formats(self) -> dict[str, int]:
         """Return the formats of the rows, each with its number of rows."""
-        if isinstance(self.rows, StoredRows):
+        if self.parts:
+            found = sum((Counter(part.formats) for part in self.parts), Counter[str]())
+        elif isinstance(self.rows, StoredRows):
             found = self.rows.formats
         else:
             found = Counter(row.format for row in self.rows if row.format)
@@ -119,13 +132,26 @@ def load_rows(
     the same prompt are in the same split. A file given as ``data.valid`` is read completely.
 
     ``data.limit`` applies to the training rows (and the slice of them), ``data.valid_limit`` to "valid", ``limit`` to
-    any split. Each selects the first rows. require_output=False: rows may lack a response. stand_in=False: "test"
-    returns test rows only, neither a whole file nor a slice. form: what records are read as; not for `builtin`. stored:
-    training rows may be read from the store on disk, by ``data.store``.
+    any split. Each selects the first rows. A mixture (``data.sources``) has the rows of its sources one after the other,
+    and each source has an equal part of ``data.valid_limit`` and of ``limit``. require_output=False: rows may lack a
+    response. stand_in=False: "test" returns test rows only, neither a whole file nor a slice. form: what records are read
+    as; not for `builtin`. stored: training rows may be read from the store on disk, by ``data.store``.
 
     Raises DataError if the source does not exist, is empty, or has a broken row (unless ``data.skip_bad_rows``).
     """
     uses_valid_source = split == "valid" and data.valid is not None
+    if data.sources and not uses_valid_source:
+        load = partial(
+            load_rows,
+            split=split,
+            listener=listener,
+            require_output=require_output,
+            limit=None if limit is None else _equal_part(limit, data),
+            stand_in=stand_in,
+            form=form,
+            stored=stored,
+        )
+        return _joined(data, [load(alone) for alone in _each_alone(data)], limit)
     name = data.valid if uses_valid_source else data.source
     if name == "builtin":
         if stored and data.store == "on" and split == "train":
@@ -156,6 +182,49 @@ def overlap(rows: SequenceOf[Row], others: SequenceOf[Row]) -> int:
     keys_N2, others_M2 = prompt_keys(_plain(rows)), prompt_keys(_plain(others))
     candidates_M2 = others_M2[np.isin(others_M2[:, 0], keys_N2[:, 0])]
     return len({*map(tuple, keys_N2.tolist())} & {*map(tuple, candidates_M2.tolist())})
+
+
+def _each_alone(data: DataConfig) -> list[DataConfig]:
+    """Return the section for each source of a mixture alone."""
+    valid_limit = _equal_part(data.valid_limit, data)
+    return [data.of(one.source, limit=one.limit or data.limit, valid_limit=valid_limit) for one in data.sources]
+
+
+def _equal_part(limit: int, data: DataConfig) -> int:
+    """Return the limit of each source, so that all of them reach the limit together."""
+    return -(-limit // len(data.sources))
+
+
+def _joined(data: DataConfig, loaded: list[Rows], limit: int | None) -> Rows:
+    """Return the rows of a mixture: those of each source with its template, one source after the other."""
+    parts = [
+        replace(part, rows=with_template(part.rows, one.template))
+        for part, one in zip(loaded, data.sources, strict=True)
+    ]
+    rows = JoinedRows([part.rows for part in parts])
+    if limit is not None:
+        rows = rows.pick(np.arange(min(limit, len(rows))))
+        parts = [replace(part, rows=cut) for part, cut in zip(parts, rows.parts, strict=True)]
+    columns: dict[str, float] = {}
+    for part in parts:
+        for column, share in part.unread_columns.items():
+            columns[column] = columns.get(column, 0.0) + share * len(part) / max(len(rows), 1)
+    return Rows(
+        rows,
+        name=" + ".join(part.name for part in parts),
+        skipped=[message for part in parts for message in part.skipped],
+        split=parts[0].split,
+        splits=tuple(name for name in parts[0].splits if all(name in part.splits for part in parts)),
+        read_columns=tuple(dict.fromkeys(column for part in parts for column in part.read_columns)),
+        unread_columns=columns,
+        parts=tuple(parts),
+    )
+
+
+def named_parts(name: str, rows: SequenceOf[Row]) -> dict[str, SequenceOf[Row]]:
+    """Return the rows of each source by a name of its own: rows that are not of a mixture are of one source."""
+    parts = rows.parts if isinstance(rows, Rows) else ()
+    return {f"{name} {i}": part for i, part in enumerate(parts)} or {name: rows}
 
 
 def _plain(rows: SequenceOf[Row]) -> SequenceOf[Row]:

@@ -37,9 +37,7 @@ def read_teacher_samples(data: DataConfig, rows: SequenceOf[Row], listener: List
     hint = "create it with `distillm generate --model TEACHER --data SOURCE --split train --output FILE`"
     if not path.is_file():
         raise DataError("data.not_found", f"{path}: no such file (data.teacher_samples)", hint=hint)
-    sample_data = data.model_copy(
-        update={"source": str(path.absolute()), "valid": None, "limit": None, "columns": ColumnsConfig()}
-    )
+    sample_data = data.of(str(path.absolute()), valid=None, limit=None, columns=ColumnsConfig())
     found = load_rows(sample_data, "test", listener=listener)  # for a single file, test is the whole file
     by_key: dict[str, list[Row]] = defaultdict(list)
     for row in found:
@@ -75,7 +73,8 @@ def encode_teacher_samples(
     ]
     sequences: dict[int, list[Rollout]] = defaultdict(list)
     for (i, _), sequence in zip(pairs, truncating_encoder.sequences(answered_rows, context=context), strict=True):
-        sequences[i].append(Rollout(sequence.prompt, sequence.response, i, sequence.turns))
+        seen = examples.sequences[i].teacher_prompt
+        sequences[i].append(Rollout(sequence.prompt, sequence.response, i, sequence.turns, teacher_prompt=seen))
     return dict(sequences)
 
 

@@ -56,7 +56,7 @@ class Renderer:
 
     def form(self, row: Row) -> str:
         """Return how the row is rendered: exact (its own prompt), chat, plain or alpaca."""
-        return form_of(row, self.template, self.has_chat)
+        return form_of(row, row.template or self.template, self.has_chat)
 
     def prompt(self, row: Row) -> str:
         """Return the prompt's text.
@@ -114,10 +114,13 @@ def form_of(row: Row, template: str, has_chat: bool) -> str:
 
 
 def resolve_auto_template(rows: Iterable[Row], has_chat: bool) -> tuple[str, str] | None:
-    """Return the template that ``auto`` selects for these rows, and the reason; None if it selects several.
+    """Return the template that ``auto`` selects for these rows, and the reason; None if it selects several or none.
 
-    has_chat: whether teacher and student have chat templates.
+    Rows with a template of their own do not count. has_chat: whether teacher and student have chat templates.
     """
+    rows = [row for row in rows if row.template is None]
+    if not rows:
+        return None
     kinds = {(form_of(row, "auto", has_chat), row.messages is not None, row.instruction is not None) for row in rows}
     forms = {form for form, _, _ in kinds}
     if forms == {"chat"}:

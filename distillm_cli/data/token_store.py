@@ -28,7 +28,7 @@ _KEPT = "kept.bin"  # int64: indices of the rows that became sequences
 _EVENTS = {"note": Note, "warning": Warned}
 # Fields of ``data`` that do not change the token ids of given rows.
 _OTHER_FIELDS = {
-    "source", "valid", "limit", "valid_limit", "teacher_samples", "size", "tasks", "seed", "columns",
+    "source", "sources", "valid", "limit", "valid_limit", "teacher_samples", "size", "tasks", "seed", "columns",
     "bucket", "mixup", "workers", "store", "store_dir", "tools", "documents",
 }  # fmt: skip
 

@@ -91,10 +91,10 @@ def load_suite(name: str, recipe: Recipe, listener: Listener = silent) -> Suite:
             raise DataError("data.invalid_suite", what, hint="leave these keys out")
         return replace(found, name=short_name(file.name or path.stem))
     # Settings of the training source, such as its held-out file, do not apply to the suite.
-    changes: dict[str, Any] = {"source": name, "valid": None, "limit": None}
+    changes: dict[str, Any] = {"valid": None, "limit": None}
     if find_dataset(name) is not None:  # the recipe's columns are those of its own data
         changes["columns"] = ColumnsConfig()
-    data = recipe.data.model_copy(update=changes)
+    data = recipe.data.of(name, **changes)
     suite = _suite(short_name(name), _load(data, "test", recipe, listener, require_output=False))
     return suite if suite.is_pairs else _with_references(suite, listener)
 

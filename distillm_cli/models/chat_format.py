@@ -6,6 +6,7 @@ Rows, rollouts, teacher samples, the loss and the output directory's generation 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,38 +16,52 @@ from distillm_cli.errors import ModelError, UsageError
 from distillm_cli.training.events import Listener, Note, Warned
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from distillm_cli.config.schema import DataConfig
     from distillm_cli.data.encoder import Encoder
     from distillm_cli.models.backbone import Backbone
     from distillm_cli.models.pair import Pair
 
 
-def set_chat_template(pair: Pair, data: DataConfig, listener: Listener) -> None:
+def set_chat_template(pair: Pair, data: DataConfig, listener: Listener, *, is_shared: bool = True) -> None:
     """Set the chat template of the pair's tokenizer from ``data.chat_template``: student's, teacher's or a file's.
 
-    Raises UsageError for a template that does not exist.
+    is_shared: the teacher sees it too. Raises UsageError for a template that does not exist.
     """
-    tokenizer, own, other = pair.tokenizer, pair.templates["student"], pair.templates.get("teacher")
-    choice = data.chat_template
+    own, other = pair.templates["student"], pair.templates.get("teacher")
+    pair.tokenizer.chat_template = _template_of(pair, data.chat_template)
+    if data.chat_template != "auto" or other is None:
+        return
+    if own is None:
+        listener(Note("the student's tokenizer has no chat template: the teacher's is used and saved with it"))
+    elif own != other and is_shared:
+        listener(
+            Warned(
+                "teacher and student have different chat templates: the student's is used; "
+                "--set data.chat_template=teacher uses the teacher's, and --set teacher.chat_template=teacher "
+                "shows each model its own"
+            )
+        )
+
+
+def teacher_tokenizer(pair: Pair, data: DataConfig) -> PreTrainedTokenizerBase:
+    """Return the pair's tokenizer with the chat template of the teacher's side. Raises UsageError."""
+    tokenizer = copy(pair.tokenizer)
+    tokenizer.chat_template = _template_of(pair, data.chat_template)
+    return tokenizer
+
+
+def _template_of(pair: Pair, choice: str) -> str | dict[str, str] | None:
+    """Return the chat template that a value of ``chat_template`` names. Raises UsageError."""
     if choice == "auto":
-        tokenizer.chat_template = other if own is None else own
-        if own is not None and other is not None and own != other:
-            listener(
-                Warned(
-                    "teacher and student have different chat templates: the student's is used; "
-                    "--set data.chat_template=teacher uses the teacher's"
-                )
-            )
-        elif own is None and other is not None:
-            listener(Note("the student's tokenizer has no chat template: the teacher's is used and saved with it"))
-    elif choice in ("student", "teacher"):
-        if pair.templates.get(choice) is None:
-            raise UsageError(
-                "usage.no_chat_template", f"data.chat_template = {choice}, but the {choice}'s tokenizer has none"
-            )
-        tokenizer.chat_template = pair.templates[choice]
-    else:
-        tokenizer.chat_template = read_template(choice)
+        own = pair.templates["student"]
+        return pair.templates.get("teacher") if own is None else own
+    if choice not in ("student", "teacher"):
+        return read_template(choice)
+    if pair.templates.get(choice) is None:
+        raise UsageError("usage.no_chat_template", f"chat_template = {choice}, but the {choice}'s tokenizer has none")
+    return pair.templates[choice]
 
 
 def read_template(path: str) -> str:
@@ -56,7 +71,7 @@ def read_template(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             "usage.unreadable_template",
-            f"data.chat_template = {path}: {error}",
+            f"chat_template = {path}: {error}",
             hint="use auto, student, teacher, or a Jinja file",
         ) from None
 

@@ -84,16 +84,18 @@ class InterleavedSampler:
     def sample(self, prompts: SequenceOf[Sequence], step: int, places: SequenceOf[int] | None = None) -> list[Rollout]:
         contexts = [model.context for model in (self.student, self.teacher) if model.context is not None]
         context = min(contexts, default=None)
-        ids = [s.prompt for s in prompts]
-        limits = [max_response_tokens(len(p), self.drafting, context, self.max_length - len(p)) for p in ids]
+        limits = [
+            max_response_tokens(s.prompt_length, self.drafting, context, self.max_length - s.prompt_length)
+            for s in prompts
+        ]
         keys = [(step << 24) + i for i in places or range(len(prompts))]
         outputs = decode_in_groups(
-            len(prompts), self.width, lambda rows: self._sample_group(ids[rows], keys[rows], limits[rows])
+            len(prompts), self.width, lambda rows: self._sample_group(prompts[rows], keys[rows], limits[rows])
         )
-        return [Rollout(s.prompt, out.tokens, s.row) for s, out in zip(prompts, outputs, strict=True)]
+        return [Rollout.to(s, out.tokens) for s, out in zip(prompts, outputs, strict=True)]
 
     def _sample_group(
-        self, prompts: SequenceOf[np.ndarray], keys: SequenceOf[int], token_limits: SequenceOf[int]
+        self, prompts: SequenceOf[Sequence], keys: SequenceOf[int], token_limits: SequenceOf[int]
     ) -> list[SampledOutput]:
         B, horizon, token_limits_B = len(prompts), max(token_limits), np.array(token_limits)
         drafting_BT = uniforms([(self.seed, key) for key in keys], horizon)
@@ -140,20 +142,22 @@ class InterleavedSampler:
             batch_rows = batch_rows[is_unfinished]
         return [SampledOutput(tokens_BT[i, :n].copy(), bool(complete_B[i])) for i, n in enumerate(counts_B)]
 
-    def _start(self, prompts: SequenceOf[np.ndarray]) -> tuple[Decoding, Decoding, int]:
+    def _start(self, prompts: SequenceOf[Sequence]) -> tuple[Decoding, Decoding, int]:
         """Prefill both models; return them and how many tokens may be drafted at once.
 
         If these are several, both are a RetractableDecoding.
         """
+        own = [s.prompt for s in prompts]
+        seen = [s.for_teacher.prompt for s in prompts]
         if self.draft > 1:
-            student_blocks = self.student.decode_blocks(prompts)
+            student_blocks = self.student.decode_blocks(own)
             with torch.autocast(self.teacher.device.type, enabled=False):  # the teacher in its own dtype
-                teacher_blocks = self.teacher.decode_blocks(prompts)
+                teacher_blocks = self.teacher.decode_blocks(seen)
             if student_blocks is not None and teacher_blocks is not None:
                 return student_blocks, teacher_blocks, self.draft
-        student = self.student.decode(prompts)
+        student = self.student.decode(own)
         with torch.autocast(self.teacher.device.type, enabled=False):
-            return student, self.teacher.decode(prompts), 1
+            return student, self.teacher.decode(seen), 1
 
     def _drafts(self, student: Decoding, last_token_B: Tensor | None, uniforms_BG: np.ndarray) -> Tensor:
         drafts = []

@@ -22,7 +22,7 @@ from distillm_cli.losses.objectives import SourceBatch
 from distillm_cli.rollouts.sampler import Sampler, sample_together
 from distillm_cli.rollouts.scheduler import Scheduler, Source
 from distillm_cli.training.events import Listener, Progress, silent
-from distillm_cli.types import LOG_DRAWN, LOG_P, LOG_Q, Rollout, Sequence
+from distillm_cli.types import LOG_DRAWN, LOG_P, LOG_Q, Rollout, Sequence, TeacherPrompt
 
 # Names of the columns of ``Rollout.log_probs_NK`` in checkpoints.
 _LOG_PROBS = {LOG_Q: "log_probs.student", LOG_P: "log_probs.teacher", LOG_DRAWN: "log_probs.drawn"}
@@ -366,6 +366,10 @@ def pack(rollouts: Iterable[Rollout], prefix: str) -> dict[str, Tensor]:
     if any(s.sampled_at is not None for s in rollouts):
         steps = [_UNKNOWN if s.sampled_at is None else s.sampled_at for s in rollouts]
         tensors[f"{prefix}.sampled_at"] = torch.tensor(steps, dtype=torch.int64)
+    seen = [s.teacher_prompt.ids for s in rollouts if s.teacher_prompt is not None]
+    if seen:
+        tensors[f"{prefix}.teacher_lengths"] = torch.tensor([len(ids) for ids in seen])
+        tensors[f"{prefix}.teacher_prompts"] = torch.from_numpy(np.concatenate(seen).astype(np.int32))
     log_probs = [s.log_probs_NK for s in rollouts if s.log_probs_NK is not None]
     if log_probs:
         for column, log_probs_N in enumerate(torch.cat(log_probs).unbind(-1)):
@@ -380,18 +384,21 @@ def unpack(tensors: dict[str, Tensor], prefix: str) -> list[Rollout]:
     names = [f"{prefix}.{_LOG_PROBS[column]}" for column in sorted(_LOG_PROBS)]
     columns = [tensors[name] for name in names if name in tensors]
     log_probs_NK = torch.stack(columns, -1) if columns else None
+    seen = []
+    if f"{prefix}.teacher_prompts" in tensors:
+        seen = list(tensors[f"{prefix}.teacher_prompts"].split(tensors[f"{prefix}.teacher_lengths"].tolist()))
     rollouts = []
     lengths = tensors[f"{prefix}.lengths"].tolist()
     steps = tensors.get(f"{prefix}.sampled_at", torch.full((len(lengths),), _UNKNOWN)).tolist()  # an older checkpoint
     p = r = 0
-    for (P, R, row), step in zip(lengths, steps, strict=True):
-        row_log_probs_NK = None if log_probs_NK is None else log_probs_NK[r : r + R]
+    for i, ((P, R, row), step) in enumerate(zip(lengths, steps, strict=True)):
         rollouts.append(
             Rollout(
                 prompts[p : p + P].copy(),
                 responses[r : r + R].copy(),
                 row,
-                log_probs_NK=row_log_probs_NK,
+                teacher_prompt=TeacherPrompt(seen[i].numpy().copy()) if seen else None,
+                log_probs_NK=None if log_probs_NK is None else log_probs_NK[r : r + R],
                 sampled_at=None if step == _UNKNOWN else step,
             )
         )

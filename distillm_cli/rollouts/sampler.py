@@ -122,10 +122,7 @@ def sample_together(sampler: Sampler, prompts: SequenceOf[Sequence], step: int) 
         return [(rollout.response, rollout.log_probs_NK) for rollout in sampled]
 
     parts = dist.map(sample_share, range(len(prompts)), [len(s.prompt) for s in prompts])
-    return [
-        Rollout(s.prompt, response, s.row, log_probs_NK=log_probs_NK)
-        for s, (response, log_probs_NK) in zip(prompts, parts, strict=True)
-    ]
+    return [Rollout.to(s, response, log_probs_NK) for s, (response, log_probs_NK) in zip(prompts, parts, strict=True)]
 
 
 class ModelSampler:
@@ -134,7 +131,8 @@ class ModelSampler:
     config: the recipe's ``rollout`` section. max_length: prompt + response, tokens. steps: of the run, over which
     ``rollout.prefix`` grows. seed: with the step it fixes the draw.
     by_row: a row's randomness is (seed, step, row); otherwise (seed, step, index in the draw). with_log_probs: rollouts
-    carry the log-probabilities of their tokens from the decoding.
+    carry the log-probabilities of their tokens from the decoding. is_teacher: the model is the teacher, which sees its own
+    prompts.
     """
 
     def __init__(
@@ -147,8 +145,10 @@ class ModelSampler:
         steps: int = 1,
         by_row: bool = False,
         with_log_probs: bool = False,
+        is_teacher: bool = False,
         listener: Listener = silent,
     ):
+        self.is_teacher = is_teacher
         self.decoder = decoder
         self.config = config
         self.max_length = max_length
@@ -163,10 +163,10 @@ class ModelSampler:
         longest = self.config.most_new_tokens(step / self.steps)
         outputs = sample(
             self.decoder,
-            [s.prompt for s in prompts],
+            [s.for_teacher.prompt if self.is_teacher else s.prompt for s in prompts],
             self.sampling,
             row_seeds(self.seed, prompts, step, places, by_row=self.by_row),
-            limits=[min(self.max_length - len(s.prompt), longest) for s in prompts],
+            limits=[min(self.max_length - s.prompt_length, longest) for s in prompts],
             with_log_probs=self.with_log_probs,
             width=self.width,
         )
@@ -184,7 +184,7 @@ def row_seeds(
 
 def _rollout(prompt: Sequence, output: SampledOutput) -> Rollout:
     log_probs_NK = None if output.log_probs_NK is None else torch.from_numpy(output.log_probs_NK)
-    return Rollout(prompt.prompt, output.tokens, prompt.row, log_probs_NK=log_probs_NK)
+    return Rollout.to(prompt, output.tokens, log_probs_NK)
 
 
 class DecodeWidth:

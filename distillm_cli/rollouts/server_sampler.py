@@ -203,7 +203,7 @@ class ServerSampler:
                 raise self.server.invalid(f"{len(token_ids or ())} token ids, expected 1 to {limits[i]}")
             if not suppressed.isdisjoint(token_ids):
                 raise self.server.invalid("a token id that is not in the vocabulary")
-            rollouts.append(Rollout(prompt.prompt, np.array(token_ids, dtype=np.int32), prompt.row))
+            rollouts.append(Rollout.to(prompt, np.array(token_ids, dtype=np.int32)))
         return rollouts, [completions[i].log_probs for i in range(len(prompts))]
 
 

@@ -285,7 +285,7 @@ def _response_tables(run: Prepared, scheduler: Scheduler, listener: Listener) ->
     tables: dict[Source, ResponseTable] = {}
     sampler: Sampler
     if scheduler.config.uses_teacher_samples:
-        sampler = new_sampler(run.teacher, _teacher_sampling(rollout), seed=seed + _TEACHER_SEED)
+        sampler = new_sampler(run.teacher, _teacher_sampling(rollout), seed=seed + _TEACHER_SEED, is_teacher=True)
         redraw = not scheduler.reuses_teacher_samples
         tables[Source.TEACHER] = new_table(sampler, given=run.teacher_samples, redraw=redraw, name="teacher samples")
     if scheduler.samples_student_by_epoch:

@@ -124,6 +124,7 @@ def open_teacher(
             steps=order.steps_per_epoch,
             rows=run.train.sequences,
             max_rows=run.recipe.train.batch_size,
+            max_tokens=run.recipe.train.tokens_per_batch,
             pass_overhead=run.pass_overhead,
         )
     if cache_plan.disk is not None and not model.is_whole:

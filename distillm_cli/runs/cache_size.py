@@ -142,6 +142,8 @@ class CacheWorkload:
         """Return the response tokens of a full replay buffer, or of all rollouts of the run if they are fewer."""
         train = self.recipe.train
         step_rows = train.batch_size * train.accumulate
+        if train.tokens_per_step is not None and self.rows and self.steps_per_epoch:
+            step_rows = math.ceil(self.rows / self.steps_per_epoch)
         if self.rows:
             step_rows = min(step_rows, self.rows)
         capacity = self._schedule.capacity(step_rows)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from distillm_cli.config.schema import Recipe, chosen
+from distillm_cli.config.schema import Recipe, TrainConfig, chosen
 from distillm_cli.losses import objectives
 from distillm_cli.models.model_families import family_of
 from distillm_cli.models.shapes import Sizes
@@ -60,6 +60,14 @@ class Lengths:
         return self.mean - self.response
 
 
+def step_sequences(train: TrainConfig, rows: int | None, mean_length: float) -> int:
+    """Return the number of data set rows of a step, on average if steps are of tokens. rows: all, None if unknown."""
+    wanted = train.batch_size * train.accumulate
+    if train.tokens_per_step is not None:
+        wanted = max(1, round(train.tokens_per_step / mean_length))
+    return min(wanted, rows or wanted)
+
+
 @dataclass(frozen=True)
 class Workload:
     """Hold the properties of a run that its cost depends on.
@@ -94,8 +102,10 @@ class Workload:
 
     @property
     def micro_batch(self) -> int:
-        """Return the number of sequences of a micro-batch."""
-        return min(self.recipe.train.batch_size, self.sequences)
+        """Return the largest number of sequences of the longest length in a micro-batch."""
+        tokens = self.recipe.train.tokens_per_batch
+        most = self.recipe.train.batch_size if tokens is None else max(1, tokens // self.lengths.longest)
+        return min(most, self.sequences)
 
     @property
     def sequences(self) -> int:
@@ -105,8 +115,7 @@ class Workload:
     @property
     def step_sequences(self) -> int:
         """Return the number of sequences of an optimizer step."""
-        train = self.recipe.train
-        return min(train.batch_size * train.accumulate, self.lengths.rows or train.batch_size * train.accumulate)
+        return step_sequences(self.recipe.train, self.lengths.rows, self.lengths.mean)
 
     @property
     def new_tokens(self) -> int:
@@ -611,6 +620,9 @@ def _decoding_copy_work(run: Workload) -> Work:
 
 
 def _micro_batches(run: Workload) -> int:
+    tokens = run.recipe.train.tokens_per_batch
+    if tokens is not None:
+        return math.ceil(run.sequences * run.lengths.mean / tokens)
     return math.ceil(run.sequences / max(1, run.micro_batch))
 
 

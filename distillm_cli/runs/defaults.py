@@ -243,7 +243,7 @@ def check_data(resolved: Resolved, known: StageModels | None = None) -> str | No
     """
     recipe = resolved.recipe
     known = known or {}
-    if resolved.origin["data.source"] != "default":
+    if resolved.origin["data.source"] != "default" or recipe.data.sources:
         return None
     if recipe.method == "sft":
         hint = "use --data PATH or NAME, such as --data rows.jsonl or --data dolly"

@@ -57,13 +57,18 @@ def resolve_settings(command: str, model: str, settings: Settings, listener: Lis
 def _on_this_machine(resolved: Resolved, path: Path) -> Resolved:
     """Return the recipe of the run that made the model, with the settings for that run's machine reset.
 
-    path: of the recipe. The chat template is reset too: it was saved with the model's tokenizer.
+    path: of the recipe. The chat template is reset too: it was saved with the model's tokenizer. A template of the student's
+    side becomes that of the data.
     """
-    reset = {
+    recorded = [key for key, origin in resolved.origin.items() if origin.startswith(f"{path.name}:")]
+    reset: dict[str, tuple[Any, str]] = {
         key: (leaves()[key].default, "default")
-        for key in ("train.device", "train.threads", "data.chat_template")
-        if resolved.origin[key].startswith(f"{path.name}:")
+        for key in ("train.device", "train.threads", "data.chat_template", "student.chat_template", "student.template")
+        if key in recorded
     }
+    own = resolved.recipe.student.template
+    if own is not None and "data.template" in recorded:
+        reset["data.template"] = (own, resolved.origin["student.template"])
     return with_resolved_values(resolved, reset)
 
 
@@ -135,12 +140,13 @@ def load_without_weights(model: str, recipe: Recipe) -> tuple[Backbone, Encoder]
 
 def _encoder_of(backbone: Backbone, recipe: Recipe) -> Encoder:
     """Return the encoder of a model's prompts, with the chat template and the languages of the recipe."""
-    if recipe.data.chat_template not in ("auto", "student", "teacher"):
-        backbone.tokenizer.chat_template = read_template(recipe.data.chat_template)
-    set_languages(backbone.tokenizer, recipe.data, [backbone])
+    data = recipe.data_of("student")
+    if data.chat_template not in ("auto", "student", "teacher"):
+        backbone.tokenizer.chat_template = read_template(data.chat_template)
+    set_languages(backbone.tokenizer, data, [backbone])
     return Encoder(
         backbone.tokenizer,
-        recipe.data,
+        data,
         is_encoder_decoder=backbone.is_encoder_decoder,
         stops=backbone.stop_ids,
         end_id=usual_end_token(backbone),

@@ -77,7 +77,7 @@ def model_card(
         "fine-tuned before": f"{student.sft_epochs:g} × the rows" if student.sft_epochs else None,
         "pre-trained before": f"{student.ptp:g} × the rows, on the teacher's confidence" if student.ptp else None,
         "teacher": _teacher(recipe) if recipe.method != "sft" else None,
-        "data": recipe.data.source,
+        "data": recipe.data.title,
         "objective": "cross-entropy" if recipe.method == "sft" else describe_objective(recipe.objective),
         "schedule": recipe.schedule.kind if recipe.method != "sft" else None,
         "steps": f"{state.step:,} ({', '.join(f'{n:,} {source}' for source, n in sorted(state.sources.items()))})",
@@ -106,7 +106,7 @@ def _model_index(title: str, recipe: Recipe, report: Mapping[str, Any], about: C
     from huggingface_hub import EvalResult
     from huggingface_hub.repocard_data import eval_results_to_model_index
 
-    source = _hub_dataset(recipe.data.source) or Path(recipe.data.source).name or "rows"
+    source = " + ".join(_hub_dataset(name) or Path(name).name or "rows" for name in recipe.data.names)
     after = report.get(AFTER)
     figures = {} if after is None else {"valid_loss": after.valid_loss, **after.scores}
     found = [(f"{source}, held-out rows", name, value) for name, value in figures.items() if value is not None]
@@ -159,7 +159,7 @@ def _impact(state: TrainerState, about: CardFacts) -> list[str]:
 
 
 def _limits(recipe: Recipe, about: CardFacts) -> list[str]:
-    lines = [f"- It was trained on `{recipe.data.source}` alone: expect less on other tasks, languages and formats."]
+    lines = [f"- It was trained on `{recipe.data.title}` alone: expect less on other tasks, languages and formats."]
     if recipe.method != "sft":
         lines.append("- It imitates its teacher, with the teacher's errors and biases, and has less capacity.")
     lines.append(f"- The figures are of one training (seed {recipe.train.seed}). Other seeds give other figures.")
@@ -245,8 +245,8 @@ def front_matter(resolved: Resolved, task: str) -> dict[str, Any]:
         front["base_model_relation"] = "adapter" if is_adapter else "finetune"
     if (license_name := known.get("license")) is not None:
         front["license"] = license_name
-    if (dataset := _hub_dataset(recipe.data.source)) is not None:
-        front["datasets"] = [dataset]
+    if datasets := [name for source in recipe.data.names if (name := _hub_dataset(source)) is not None]:
+        front["datasets"] = datasets
     front["tags"] = [recipe.method]
     if recipe.student.lora.r is not None:
         front["tags"].append("lora")

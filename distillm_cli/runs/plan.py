@@ -16,7 +16,7 @@ from distillm_cli.config.derived import ptp_stage_recipe, sft_stage_recipe
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import AdapterConfig, DataConfig, Dtype, Recipe, chosen
 from distillm_cli.config.student_spec import BuiltinModel, ConfigFile, SavedModel, parse_student
-from distillm_cli.data.batching import Examples, steps_per_epoch, tokenize
+from distillm_cli.data.batching import Examples, MixedOrder, by_source, steps_of_tokens, steps_per_epoch, tokenize
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_path
 from distillm_cli.data.templates import resolve_auto_template
@@ -34,8 +34,10 @@ from distillm_cli.runs.preflight import check_strict, greedy_answers, preflight
 from distillm_cli.runs.prepare import Prepared, new_order, prepare, texts_of
 from distillm_cli.runs.report import check_can_generate, check_selection_metric
 from distillm_cli.runs.run_results import DecodedSequence, PlanResult
+from distillm_cli.runs.source_shares import source_figures
 from distillm_cli.training.distributed import launched_processes
 from distillm_cli.training.events import Listener, Note, silent
+from distillm_cli.types import Sequence
 from distillm_cli.utils.memory import available_memory, resume_garbage_collection
 from distillm_cli.utils.text import format_bytes, redact
 
@@ -89,29 +91,38 @@ def plan_run(resolved: Resolved, listener: Listener, processes: int = 1, *, stri
     check_extras(run.recipe, run.pair)
     findings = preflight(run)
     check_strict(findings, strict=strict)
+    batch = _decoded_batch(run)
     figures = plan_prepared(run, resolved, processes) | {
         "findings": [finding.as_json() for finding in findings],
         "answers": [asdict(answers) for answers in greedy_answers(run, listener)],
     }
-    return PlanResult(figures, _decoded_batch(run))
+    if run.teacher_encoder is not None:
+        figures["sides"] = [sequence.as_json() for sequence in batch]
+    return PlanResult(figures, batch)
 
 
 def _decoded_batch(run: Prepared) -> tuple[DecodedSequence, ...]:
-    """Return the first sequences of a batch as text. Each supervised token is one piece, and so is the context before it."""
+    """Return the first sequences of a batch as text, as both models see them."""
     decoded = []
     for sequence in run.batch(0)[:_SHOWN_SEQUENCES]:
-        turns = set() if sequence.turns is None else set(sequence.turns.tolist())
-        pieces: list[tuple[str, bool]] = []
-        context: list[int] = []
-        for position, token in enumerate([*sequence.prompt.tolist(), *sequence.response.tolist()]):
-            if position < len(sequence.prompt) and position not in turns:
-                context.append(token)
-                continue
-            pieces.append((_text(run, context), False))
-            pieces.append((_text(run, [token]), True))
-            context = []
-        decoded.append(DecodedSequence(tuple(pieces)))
+        seen = () if sequence.teacher_prompt is None else _decoded(run, sequence.for_teacher)
+        decoded.append(DecodedSequence(_decoded(run, sequence), seen))
     return tuple(decoded)
+
+
+def _decoded(run: Prepared, sequence: Sequence) -> tuple[tuple[str, bool], ...]:
+    """Return a sequence as text. Each supervised token is one piece, and so is the context before it."""
+    turns = set() if sequence.turns is None else set(sequence.turns.tolist())
+    pieces: list[tuple[str, bool]] = []
+    context: list[int] = []
+    for position, token in enumerate([*sequence.prompt.tolist(), *sequence.response.tolist()]):
+        if position < len(sequence.prompt) and position not in turns:
+            context.append(token)
+            continue
+        pieces.append((_text(run, context), False))
+        pieces.append((_text(run, [token]), True))
+        context = []
+    return tuple(pieces)
 
 
 def _text(run: Prepared, ids: list[int]) -> str:
@@ -176,7 +187,7 @@ def _prepared_workload(run: Prepared, processes: int) -> tuple[costs.Workload, C
 
 def _data_figures(run: Prepared) -> dict[str, Any]:
     lengths = run.train.lengths
-    return _row_figures(run.train_rows, run.train) | {
+    return _row_figures(run.recipe, run.train_rows, run.train) | {
         "valid_rows": len(run.valid),
         "response_tokens": run.train.tokens,
         "longest": int(lengths.max()),
@@ -201,7 +212,7 @@ def plan_from_configs(
     if recipe.method != "sft" and recipe.teacher.cache == "disk":
         check_rows(recipe)
     needed = recipe.needs_responses
-    rows, why = read_if_available(lambda: load_rows(recipe.data, "train", require_output=needed), recipe.data.source)
+    rows, why = read_if_available(lambda: load_rows(recipe.data, "train", require_output=needed), *recipe.data.names)
 
     texts = None if rows is None else partial(texts_of, rows, recipe.data)
     max_length = chosen(recipe.data.max_length)
@@ -235,7 +246,8 @@ def plan_from_configs(
             is_encoder_decoder=student.is_encoder_decoder,
             needs_responses=recipe.needs_responses,
         )
-        examples = tokenize(rows, encoder, recipe.data, silent, _context(student, teacher))
+        context = _context(student, teacher)
+        examples = by_source("train", rows, lambda _, part: tokenize(part, encoder, recipe.data, silent, context))
         lengths = _measured_lengths(recipe, examples)
     else:
         lengths = _longest_lengths(recipe, rows, student, teacher)
@@ -263,9 +275,9 @@ def plan_from_configs(
         processes=processes,
     )
     workload = _with_stages(workload, resolved)
-    data: dict[str, Any] = {"source": redact(recipe.data.source), "rows": None if rows is None else len(rows)}
+    data: dict[str, Any] = {"source": redact(recipe.data.title), "rows": None if rows is None else len(rows)}
     if rows is not None and examples is not None:
-        data |= _row_figures(rows, examples) | {"response_tokens": examples.tokens}
+        data |= _row_figures(recipe, rows, examples) | {"response_tokens": examples.tokens}
     data |= {"longest": lengths.longest, "mean_length": round(lengths.mean, 1)}
     for note in notes:
         listener(Note(note))
@@ -301,15 +313,16 @@ def _teacher_shape(
 def _data_with_template(
     recipe: Recipe, rows: Rows, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase | None
 ) -> DataConfig:
-    """Return the recipe's data section with the template that a run would choose, from the models' tokenizers."""
+    """Return the student's data section with the template that a run would choose, from the models' tokenizers."""
+    data = recipe.data_of("student")
     student_template = student.chat_template
     teacher_template = student_template if teacher is None else teacher.chat_template
     if student_template is None:
         student.chat_template = teacher_template
-    if recipe.data.template != "auto":
-        return recipe.data
+    if data.template != "auto":
+        return data
     template = resolve_auto_template(rows, student_template is not None and teacher_template is not None)
-    return recipe.data if template is None else recipe.data.model_copy(update={"template": template[0]})
+    return data if template is None else data.model_copy(update={"template": template[0]})
 
 
 def _with_stages(run: costs.Workload, resolved: Resolved) -> costs.Workload:
@@ -357,6 +370,7 @@ def _run_figures(
         "steps_per_epoch": lengths.steps_per_epoch,
         "sequences_per_step": run.step_sequences
         * (2 if run.recipe.objective.row_weight or run.schedule.in_pairs else 1),
+        **({} if run.recipe.train.tokens_per_step is None else {"tokens_per_step": run.recipe.train.tokens_per_step}),
         "memory": memory | {"total": costs.peak_memory(memory, run.device)},
         "step_flops": _step_flops(run),
         **stages,
@@ -500,17 +514,24 @@ def _predicted_cache(
     return cache, size.in_memory(mode)
 
 
-def read_if_available(read: Callable[[], _T], source: str) -> tuple[_T | None, str]:
+def read_if_available(read: Callable[[], _T], *sources: str) -> tuple[_T | None, str]:
     """Return the result of ``read``, or None with the reason if the rows are not available."""
     try:
         return read(), ""
     except DataError as error:
-        if is_path(source) or local_path(source) is not None:
+        if all(is_path(source) or local_path(source) is not None for source in sources):
             raise  # a local file: report its error instead of estimating
-        return None, f"no rows of {redact(source)} available ({error.what.partition(' (')[0].split(': ', 1)[-1]})"
+        return (
+            None,
+            f"no rows of {redact(' + '.join(sources))} available ({error.what.partition(' (')[0].split(': ', 1)[-1]})",
+        )
 
 
-def _row_figures(rows: Rows, examples: Examples) -> dict[str, Any]:
+def _row_figures(recipe: Recipe, rows: Rows, examples: Examples) -> dict[str, Any]:
+    order = new_order(recipe, examples)
+    mixture = {}
+    if isinstance(order, MixedOrder):
+        mixture = {"sources": source_figures(recipe.data, examples, order)}
     return {
         "source": rows.name,
         "rows": len(rows),
@@ -521,6 +542,7 @@ def _row_figures(rows: Rows, examples: Examples) -> dict[str, Any]:
         "dropped_prompts": examples.dropped_prompts,
         "truncated": examples.truncated,
         "bad_rows_skipped": len(rows.skipped),
+        **mixture,
     }
 
 
@@ -546,7 +568,11 @@ def _longest_lengths(recipe: Recipe, rows: Rows | None, student: Shape, teacher:
     response = max(1, longest - (prompt if prompt < longest else longest // 2))
     per_epoch = None
     if rows is not None:
-        per_epoch = steps_per_epoch(len(rows), recipe.train.batch_size * recipe.train.accumulate)
+        train = recipe.train
+        if train.tokens_per_step is not None:
+            per_epoch = steps_of_tokens(len(rows), float(len(rows) * longest), train.tokens_per_step)
+        else:
+            per_epoch = steps_per_epoch(len(rows), train.batch_size * train.accumulate)
     steps = recipe.train.steps if per_epoch is None else _steps(recipe, per_epoch)
     return costs.Lengths(
         longest=longest,

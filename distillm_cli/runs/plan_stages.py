@@ -11,7 +11,7 @@ import torch
 
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.pipeline_recipe import PREFIX, GenerateStageConfig, Pipeline
-from distillm_cli.config.schema import Recipe, chosen
+from distillm_cli.config.schema import Recipe, SourceConfig, chosen
 from distillm_cli.config.suite_file import LM_EVAL
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
@@ -39,8 +39,8 @@ def plan_pipeline(pipeline: Pipeline, listener: Listener, processes: int = 1) ->
     samples: dict[str, PlannedSamples] = {}
     for stage in pipeline.stages:
         listener(Note(f"stage {stage.name}"))
-        source = stage.resolved.recipe.data.source
-        resolved = stage.resolved if source not in samples else _on_sampled_prompts(samples[source], stage.resolved)
+        sources = [name for name in stage.resolved.recipe.data.names if name in samples]
+        resolved = _on_sampled_prompts(samples, stage.resolved) if sources else stage.resolved
         if resolved.recipe.disco.enabled:
             what = f"stage {stage.name} trains sentence embeddings, and the plan of a pipeline does not estimate them"
             raise RecipeError(
@@ -56,8 +56,7 @@ def plan_pipeline(pipeline: Pipeline, listener: Listener, processes: int = 1) ->
         else:
             figures = _plan_eval(stage.config.model_names, resolved.recipe, shapes, samples)
         plans[stage.name] = {"verb": stage.verb} | figures
-        if source in samples:
-            figures["notes"].append(f"{source} does not exist yet: planned with {samples[source]}")
+        figures["notes"] += [f"{source} does not exist yet: planned with {samples[source]}" for source in sources]
     return PipelinePlan(pipeline.name, plans)
 
 
@@ -74,11 +73,21 @@ class PlannedSamples:
         return f"{first} of {self.source}{'' if self.each == 1 else f', once instead of {self.each} times'}"
 
 
-def _on_sampled_prompts(samples: PlannedSamples, resolved: Resolved) -> Resolved:
-    """Return a stage's recipe with the source of the prompts as its data."""
+def _on_sampled_prompts(samples: Mapping[str, PlannedSamples], resolved: Resolved) -> Resolved:
+    """Return a stage's recipe with the sources of the prompts as its data."""
     recipe = resolved.recipe
-    limits = [limit for limit in (samples.limit, recipe.data.limit) if limit]
-    data = recipe.data.model_copy(update={"source": samples.source, "limit": min(limits, default=None)})
+    own = recipe.data.sources or (SourceConfig(source=recipe.data.source),)
+    sources = []
+    for source in own:
+        planned = samples.get(source.source)
+        if planned is not None:
+            limits = [limit for limit in (planned.limit, source.limit, recipe.data.limit) if limit]
+            source = source.model_copy(update={"source": planned.source, "limit": min(limits, default=None)})
+        sources.append(source)
+    if recipe.data.sources:
+        data = recipe.data.model_copy(update={"sources": tuple(sources)})
+    else:
+        data = recipe.data.of(sources[0].source, limit=sources[0].limit)
     return replace(resolved, recipe=recipe.model_copy(update={"data": data}))
 
 
@@ -118,7 +127,8 @@ def _plan_eval(
     suites = [samples[name].source if name in samples else name for name in names_of_rows]
     read = [read_if_available(partial(load_suite, name, recipe, silent), name) for name in suites]
     if not recipe.eval.suites:
-        read = [read_if_available(partial(held_out, recipe, silent), recipe.data.valid or recipe.data.source)]
+        sources = recipe.data.names if recipe.data.valid is None else (recipe.data.valid,)
+        read = [read_if_available(partial(held_out, recipe, silent), *sources)]
     # The embeddings of a suite of sentence pairs cost next to nothing beside responses.
     all_rows = [None if suite is None else suite.rows for suite, _ in read if suite is None or not suite.is_pairs]
     each = len(passes(recipe.eval))

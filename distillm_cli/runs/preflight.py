@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +21,7 @@ import torch
 
 from distillm_cli.data.batching import batches_by_length
 from distillm_cli.data.rows import Row
-from distillm_cli.errors import ModelError, UsageError
+from distillm_cli.errors import DataError, ModelError, UsageError
 from distillm_cli.losses.objectives import CrossEntropy
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.losses.weights import CROSS_ENTROPY
@@ -30,7 +29,7 @@ from distillm_cli.runs.prepare import Prepared
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.training.state import RunInfo
 from distillm_cli.training.validation import mean_loss
-from distillm_cli.types import Sequence
+from distillm_cli.types import Sequence, last_tokens, response_lengths
 from distillm_cli.utils.modules import eval_mode
 from distillm_cli.utils.text import counted, format_bytes
 
@@ -121,7 +120,8 @@ def greedy_answers(run: Prepared, listener: Listener) -> list[Answers]:
     tokenizer = run.pair.tokenizer
     found = [Answers(str(tokenizer.decode(row.prompt)), {}, {}) for row in rows]
     for name, model in models.items():
-        for answers, (text, has_ended) in zip(found, _greedy(run, model, rows), strict=True):
+        seen = rows if model is run.student else [row.for_teacher for row in rows]
+        for answers, (text, has_ended) in zip(found, _greedy(run, model, seen), strict=True):
             answers.answers[name] = text
             answers.ended[name] = has_ended
     return found if models else []
@@ -159,9 +159,9 @@ def _ends(run: Prepared) -> Iterator[Finding]:
     trained = set(run.encoder.end_ids) | run.train.end_ids
     teacher = set(run.pair.teacher_stops or ())
     student = run.student.stop_ids
-    ends = [int(s.response[-1]) for s in islice(run.train.sequences, _READ_ROWS) if len(s.response)]
-    reached = sum(end in trained for end in ends)
-    if ends and reached < len(ends):
+    ends = last_tokens(run.train.sequences, _READ_ROWS)
+    reached = int(np.isin(ends, sorted(trained)).sum())
+    if reached < len(ends):
         share = reached / len(ends)
         what = f"{share:.0%} of the responses reach the token that ends them, the others are cut"
         if not reached:
@@ -194,17 +194,25 @@ def _templates(run: Prepared) -> Iterator[Finding]:
     """Compare the rendered prompts of both sides, and look for tokens that a template adds twice or not at all."""
     rows = run.train.rows[:_MEASURED_ROWS]
     form = run.encoder.renderer.form
+    seen = (run.teacher_encoder or run.encoder).renderer.form
     own, others = run.pair.templates.get("student"), run.pair.templates.get("teacher")
-    if run.pair.teacher is not None and others is not None and any(form(row) != "chat" for row in rows):
+    if run.pair.teacher is not None and others is not None and any(seen(row) != "chat" for row in rows):
         whose = "the student has none" if own is None else "of both models"
         what = f"the teacher has a chat template ({whose}), and rows are written without it: it may answer worse so"
-        yield Finding("warning", "template.not_chat", what, "data.template", "try --set data.template=chat")
-    if own is not None and others is not None and own != others and any(form(row) == "chat" for row in rows):
-        different = _rendered_differently(run, own, others, rows)
-        if different is not None:
-            what = f"the chat templates of teacher and student write the prompt of {different} differently"
-            cure = "try --set data.chat_template=teacher"
-            yield Finding("warning", "template.different", what, "data.chat_template", cure, is_reported=True)
+        cure = "try --set teacher.template=chat, or data.template=chat for both models"
+        yield Finding("warning", "template.not_chat", what, "data.template", cure)
+    differs = own is not None and others is not None and own != others and run.teacher_encoder is None
+    if differs and (different := _rendered_differently(run, rows)) is not None:
+        what = f"the chat templates of teacher and student write the prompt of {different} differently"
+        cure = "try --set teacher.chat_template=teacher"
+        yield Finding("warning", "template.different", what, "data.chat_template", cure, is_reported=True)
+    if run.teacher_encoder is not None:
+        count = sum(
+            s.teacher_prompt is not None and not np.array_equal(s.prompt, s.teacher_prompt.ids)
+            for s in run.train.sequences[:_MEASURED_ROWS]
+        )
+        what = f"teacher and student see different prompts in {count:,} of {counted(len(rows), 'checked row')}"
+        yield Finding("note", "template.sides", what, "teacher.template, teacher.chat_template")
     bos = run.pair.tokenizer.bos_token_id
     doubled = [row for row, s in zip(rows, run.train.sequences, strict=False) if _starts_twice(s.prompt, bos)]
     if doubled:
@@ -213,7 +221,7 @@ def _templates(run: Prepared) -> Iterator[Finding]:
         yield Finding("warning", "template.double_bos", what, run.train_rows.name, cure)
     chat = run.encoder.renderer.chat
     conversations = [row for row in rows if form(row) == "chat"]
-    if chat is not None and conversations and not _has_generation_prompt(run, conversations[0]):
+    if chat is not None and conversations and not chat.adds_generation_prompt(conversations[0]):
         what = "the chat template adds nothing after the user's turn: a prompt does not say that the answer follows"
         cure = "choose another one with --set data.chat_template=FILE"
         yield Finding("warning", "template.no_generation_prompt", what, "chat template", cure)
@@ -223,35 +231,18 @@ def _starts_twice(prompt: np.ndarray, bos: int | None) -> bool:
     return bos is not None and len(prompt) > 1 and bool((prompt[:2] == bos).all())
 
 
-def _messages(row: Row) -> list[dict[str, Any]]:
-    return row.messages or [{"role": "user", "content": row.prompt or f"{row.instruction}\n{row.input}".strip()}]
-
-
-def _has_generation_prompt(run: Prepared, row: Row) -> bool:
-    texts = [_rendered(run, run.pair.tokenizer.chat_template, row, with_prompt) for with_prompt in (True, False)]
-    return texts[0] is None or texts[0] != texts[1]
-
-
-def _rendered(run: Prepared, template: Any, row: Row, with_generation_prompt: bool = True) -> str | None:
-    """Return a row's prompt as a template writes it; None if the template refuses it."""
-    try:
-        return str(
-            run.pair.tokenizer.apply_chat_template(
-                _messages(row),
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=with_generation_prompt,
-                **(run.recipe.data.chat_template_kwargs or {}),
-            )
-        )
-    except Exception:  # templates raise errors of their own, by jinja
-        return None
-
-
-def _rendered_differently(run: Prepared, own: Any, others: Any, rows: SequenceOf[Row]) -> str | None:
-    """Return where the first row is from whose prompt the two templates write differently; None if there is none."""
+def _rendered_differently(run: Prepared, rows: SequenceOf[Row]) -> str | None:
+    """Return where the first row is from whose prompt both chat templates write differently; None if there is none."""
+    templates = [template for template in run.pair.templates.values() if template is not None]
+    encoders = [run.encoder.with_chat_template(template) for template in templates]
     for row in rows:
-        if _rendered(run, own, row) != _rendered(run, others, row):
+        if run.encoder.renderer.form(row) != "chat":
+            continue
+        try:
+            own, other = (encoder.renderer.prompt(row) for encoder in encoders)
+        except DataError:  # one of them refuses the row
+            return row.where
+        if own != other:
             return row.where or "the first row"
     return None
 
@@ -267,7 +258,8 @@ def _teacher(run: Prepared) -> Iterator[Finding]:
     rows = [row for row, end in zip(rows, ends, strict=True) if end <= _MEASURED_TOKENS] or rows[:1]
     if teacher is None or not rows or run.recipe.has_random_teacher or not teacher.is_whole:
         return
-    losses = {name: _loss(run, model, rows) for name, model in run.pair.models.items()}
+    seen = {"teacher": [row.for_teacher for row in rows], "student": rows}
+    losses = {name: _loss(run, model, seen[name]) for name, model in run.pair.models.items()}
     where = f"cross-entropy of {counted(len(rows), 'held-out row')}"
     numbers = f"{losses['teacher']:.3f} nats per token, the student before training {losses['student']:.3f}"
     if not math.isfinite(losses["teacher"]):
@@ -306,13 +298,13 @@ def _rows(run: Prepared) -> Iterator[Finding]:
         times = max(keys.values())
         what = f"{repeated:,} of {counted(count, 'row')} repeat another one, one of them {times:,} times"
         yield _shared("data.duplicates", what, name, repeated / count, "remove duplicates")
-    valid = {row.key for row in run.valid.rows}
-    shared = sum(row.key in valid for row in rows)
-    if shared:
-        what = f"{shared:,} training rows have the prompt of a held-out row, so that validation looks too good"
-        yield _shared(
-            "data.overlap", what, name, shared / count, "set others with --set data.valid=FILE", reported=True
+    if run.overlap:
+        valid = len(run.valid_rows)
+        what = (
+            f"{run.overlap:,} of {counted(valid, 'held-out row')} have the prompt of a training row: they look too good"
         )
+        cure = "set others with --set data.valid=FILE"
+        yield _shared("data.overlap", what, name, run.overlap / valid, cure, reported=True)
     if run.recipe.needs_responses:
         empty = [row for row in rows if row.references and not row.references[0].strip() and row.answer is None]
         if empty:
@@ -337,7 +329,7 @@ def _rows(run: Prepared) -> Iterator[Finding]:
 
 def _long_responses(run: Prepared) -> Iterator[Finding]:
     limit = run.recipe.rollout.max_new_tokens
-    lengths = np.array([len(s.response) for s in islice(run.train.sequences, _READ_ROWS)])
+    lengths = response_lengths(run.train.sequences)[:_READ_ROWS]
     share = float((lengths > limit).mean())
     if share:
         wanted = int(np.quantile(lengths, 0.99))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -15,11 +16,12 @@ import numpy as np
 import torch
 
 from distillm_cli.config.schema import DataConfig, Recipe, TrainConfig, chosen
-from distillm_cli.data.batching import Examples, Order, tokenize
+from distillm_cli.data.batching import Examples, MixedOrder, Order, by_source, tokenize
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
-from distillm_cli.data.sources import Rows, overlap
+from distillm_cli.data.sides import with_teacher_prompts
+from distillm_cli.data.sources import Rows, named_parts, overlap
 from distillm_cli.data.teacher_samples import encode_teacher_samples, read_teacher_samples
 from distillm_cli.data.templates import Renderer, resolve_auto_template
 from distillm_cli.data.token_ids import Affixes
@@ -32,6 +34,7 @@ from distillm_cli.models.devices import check_offload, resolve_device, resolve_d
 from distillm_cli.models.model_families import longrope_bound
 from distillm_cli.models.shared import save_plain
 from distillm_cli.models.tokenizer_files import TokenizerCache, quiet
+from distillm_cli.runs.source_shares import source_figures, wanted_rows
 from distillm_cli.runs.start import prefetch_rows, tokenizer_candidates
 from distillm_cli.teachers.teacher_cache import cached_date
 from distillm_cli.training.distributed import in_first_process
@@ -41,7 +44,7 @@ from distillm_cli.utils.memory import resume_garbage_collection, return_freed_me
 from distillm_cli.utils.modules import weights_fingerprint
 from distillm_cli.utils.optimizers import check_optimizer
 from distillm_cli.utils.storage import cache_root
-from distillm_cli.utils.text import counted
+from distillm_cli.utils.text import counted, described_source
 from distillm_cli.utils.threads import set_threads
 
 if TYPE_CHECKING:
@@ -74,6 +77,8 @@ class Prepared:
     row, if the recipe names a file of them. model_fingerprints: of the loaded models, by role. resolved_values: values
     for fields that are not set in the recipe, with their origin. router_aux: weight of the auxiliary loss of the
     student's routers. stages: directories of finished stages before the run that its extras read, by name.
+    teacher_encoder: of the prompts that the teacher sees; None if they are the same. overlap: number of held-out prompts
+    that are trained on too.
     """
 
     recipe: Recipe
@@ -93,6 +98,8 @@ class Prepared:
     resolved_values: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     router_aux: float = 0.0
     stages: Mapping[str, Path] = field(default_factory=dict)
+    teacher_encoder: Encoder | None = None
+    overlap: int = 0
 
     @property
     def student(self) -> Backbone:
@@ -103,6 +110,10 @@ class Prepared:
         """Return the teacher, which every run but fine-tuning has."""
         assert self.pair.teacher is not None
         return self.pair.teacher
+
+    def encoder_of(self, model: Backbone) -> Encoder:
+        """Return the encoder of the prompts that a model of the run sees."""
+        return self.encoder if model is self.student or self.teacher_encoder is None else self.teacher_encoder
 
     @property
     def sft(self) -> bool:
@@ -119,12 +130,6 @@ class Prepared:
     @cached_property
     def order(self) -> Order:
         return new_order(self.recipe, self.train)
-
-    @property
-    def step_rows(self) -> int:
-        """Return the number of data set rows of a step, which is also the number of student outputs."""
-        train = self.recipe.train
-        return min(train.batch_size * train.accumulate, len(self.train))
 
     @property
     def pass_overhead(self) -> int:
@@ -212,37 +217,49 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
     device = resolve_device(recipe.train.device)
     check_optimizer(recipe.train.optimizer, device)
     check_offload(recipe, device)
-    train_rows, valid_rows = _read_rows(recipe, prefetcher, listener)
+    train_rows, valid_rows, shared_prompts = _read_rows(recipe, prefetcher, listener)
     sample_rows = None
     if recipe.data.teacher_samples is not None:
         sample_rows = read_teacher_samples(recipe.data, train_rows, listener)
 
     tokenizers = TokenizerCache()
     expected = _expected_tokenizer(recipe, tokenizers)
-    prefetcher.expect(expected, {"train": train_rows, "valid": valid_rows})
+    prefetcher.expect(expected, named_parts("train", train_rows) | named_parts("valid", valid_rows))
     # Imported here because they are slow: the rows are tokenized meanwhile.
     from distillm_cli.models.activations import checkpoint_activations
     from distillm_cli.models.pair import load_pair
 
     resume_garbage_collection()
-    texts = partial(texts_of, train_rows, recipe.data)
+    texts = partial(texts_of, train_rows, recipe.data_of("student"))
     pair = load_pair(recipe, device=device, texts=texts, tokenizers=tokenizers, listener=listener)
     affixes = prefetcher.affixes(pair.tokenizer)
     data, encoder, resolved_values = _encoder(recipe, pair, train_rows, affixes, listener)
     recipe = recipe.model_copy(update={"data": data})
+    teacher_encoder = _teacher_encoder(recipe, pair, encoder, listener) if recipe.has_two_sides else None
     context = min((model.context for model in pair.models.values() if model.context is not None), default=None)
     _check_heads(pair, context, listener)
     router_aux = router.set_router_loss(recipe.objective.router_aux, pair.student, listener)
     longest = chosen(data.max_length)
     _warn_of_longrope(pair, min(longest, context or longest), listener)
-    train_ids = partial(prefetcher.take, "train", pair.tokenizer)
-    valid_ids = partial(prefetcher.take, "valid", pair.tokenizer)
-    if train_rows.are_stored:
-        train = open_tokens(train_rows, encoder, listener, context)
-    else:
-        train = tokenize(train_rows, encoder, data, listener, context, train_ids)
-    valid = tokenize(valid_rows, encoder, data, listener, context, valid_ids)
+
+    def tokenized(name: str, rows: SequenceOf[Row]) -> Examples:
+        ids = partial(prefetcher.take, name, pair.tokenizer)
+        return tokenize(rows, encoder, encoder.data, listener, context, ids)
+
+    def opened(name: str, rows: SequenceOf[Row]) -> Examples:
+        if isinstance(rows, Rows) and rows.are_stored:
+            return open_tokens(rows, encoder, listener, context)
+        return tokenized(name, rows)
+
+    train = by_source("train", train_rows, opened)
+    valid = by_source("valid", valid_rows, tokenized)
     prefetcher.close()
+    if teacher_encoder is not None:
+        train = with_teacher_prompts(train, teacher_encoder, context, listener, str(train_rows))
+        valid = with_teacher_prompts(valid, teacher_encoder, context, listener, str(valid_rows))
+    if isinstance(order := new_order(recipe, train), MixedOrder):
+        described = ", ".join(map(described_source, source_figures(data, train, order)))
+        listener(Note(f"an epoch has {counted(sum(order.counts), 'row')}: {described}"))
     for model in pair.models.values():
         add_stop_tokens(model, sorted(train.end_ids - encoder.end_ids), after=True)
     if recipe.train.gradient_checkpointing:
@@ -258,6 +275,8 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
         valid_rows=valid_rows,
         pair=pair,
         encoder=encoder,
+        teacher_encoder=teacher_encoder,
+        overlap=shared_prompts,
         train=train,
         valid=valid,
         initial_weights=_initial_weights(pair.student),
@@ -268,16 +287,17 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
     )
 
 
-def _read_rows(recipe: Recipe, prefetcher: Prefetcher, listener: Listener) -> tuple[Rows, Rows]:
-    """Return the training rows and the held-out rows. Raises DataError."""
+def _read_rows(recipe: Recipe, prefetcher: Prefetcher, listener: Listener) -> tuple[Rows, Rows, int]:
+    """Return the training rows, the held-out rows, and the number of prompts that both have. Raises DataError."""
     train_rows = prefetcher.rows("train", listener)
     valid_rows = prefetcher.rows("valid", listener)
-    if shared := overlap(valid_rows, train_rows):
+    shared = overlap(valid_rows, train_rows)
+    if shared:
         have = "has" if shared == 1 else "have"
         rows = counted(len(valid_rows), "held-out row")
         listener(Note(f"{shared:,} of the {rows} {have} the prompt of a training row"))
     _check_held_out(recipe, valid_rows, listener)
-    return train_rows, valid_rows
+    return train_rows, valid_rows, shared
 
 
 def _initial_weights(student: Backbone) -> Callable[[], Mapping[str, torch.Tensor]] | None:
@@ -316,7 +336,7 @@ def _encoder(
     stop_tokens = [token_id(pair, token, "student.stop_tokens") for token in recipe.student.stop_tokens]
     add_stop_tokens(pair.student, stop_tokens, after=True)
 
-    set_chat_template(pair, recipe.data, listener)
+    set_chat_template(pair, recipe.data_of("student"), listener, is_shared=not recipe.has_two_sides)
     set_languages(pair.tokenizer, recipe.data, pair.models.values())
     chosen: dict[str, tuple[str, str]] = {}
     template = _chosen_template(recipe.data, pair, rows, listener)
@@ -325,10 +345,11 @@ def _encoder(
     if recipe.data.date is None:
         chosen["data.date"] = _chosen_date(recipe, rows.name)
     data = recipe.data.model_copy(update={key.partition(".")[2]: value for key, (value, _) in chosen.items()})
+    own = recipe.model_copy(update={"data": data}).data_of("student")
     has_languages = data.source_language is not None or data.target_language is not None
     encoder = Encoder(
         pair.tokenizer,
-        data,
+        own,
         is_encoder_decoder=pair.student.is_encoder_decoder,
         affixes=None if has_languages else affixes,
         stops=pair.student.stop_ids | {*(pair.teacher_stops or ())},
@@ -336,11 +357,35 @@ def _encoder(
         needs_responses=recipe.needs_responses,
     )
     chat = encoder.renderer.chat
-    if "data.date" in chosen and (chat is None or not chat.uses_date):
+    if "data.date" in chosen and not recipe.has_two_sides and (chat is None or not chat.uses_date):
         del chosen["data.date"]
         data = data.model_copy(update={"date": None})
     set_stop_tokens(pair, encoder, any(encoder.renderer.form(row) == "chat" for row in rows.kinds), listener)
     return data, encoder, chosen
+
+
+def _teacher_encoder(recipe: Recipe, pair: Pair, encoder: Encoder, listener: Listener) -> Encoder:
+    """Return the encoder of the prompts that the teacher sees. Both models also stop where its answers end."""
+    from distillm_cli.models.chat_format import teacher_tokenizer
+
+    data = recipe.data_of("teacher")
+    found = Encoder(
+        teacher_tokenizer(pair, data),
+        data,
+        is_encoder_decoder=encoder.is_encoder_decoder,
+        affixes=encoder.affixes,
+        stops=encoder.stops,
+        end_id=encoder.end_id,
+        needs_responses=encoder.needs_responses,
+    )
+    own, student = recipe.data_of("teacher"), recipe.data_of("student")
+    names = [name for name in ("template", "chat_template") if getattr(own, name) != getattr(student, name)]
+    described = ", ".join(f"{name} {getattr(own, name)} instead of {getattr(student, name)}" for name in names)
+    listener(Note(f"the teacher sees its own prompts: {described}"))
+    ends = sorted(end for end in found.end_ids - encoder.end_ids if end < pair.vocab)
+    for model in pair.models.values() if ends and data.template in ("auto", "chat") else ():
+        add_stop_tokens(model, ends, after=True)
+    return found
 
 
 def _chosen_template(data: DataConfig, pair: Pair, rows: Rows, listener: Listener) -> tuple[str, str] | None:
@@ -393,7 +438,11 @@ def _expected_tokenizer(recipe: Recipe, tokenizers: TokenizerCache) -> PreTraine
 def new_order(recipe: Recipe, examples: Examples) -> Order:
     """Return the order in which the recipe trains on these examples."""
     train = recipe.train
-    return Order(examples.lengths, train.batch_size * train.accumulate, train.seed, bucket=recipe.data.bucket)
+    batch = train.batch_size * train.accumulate
+    if not examples.part_sizes:
+        return Order(examples.lengths, batch, train.seed, bucket=recipe.data.bucket)
+    wanted = wanted_rows(recipe.data.sources, examples.part_sizes)
+    return MixedOrder(examples.lengths, batch, train.seed, recipe.data.bucket, sizes=examples.part_sizes, wanted=wanted)
 
 
 def _warn_of_longrope(pair: Pair, longest: int, listener: Listener) -> None:

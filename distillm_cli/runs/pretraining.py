@@ -73,7 +73,10 @@ def _labels(job: StageJob) -> dict[Sequence, Tensor]:
     rows = max(run.recipe.train.batch_size, 16)
     # Held-out rows first: a teacher whose training rows are all cached may be released.
     held_out = confidence_of(
-        batches_by_length(run.answered, rows), lambda batch, _: teacher.compute(batch), lambda: teacher.head, run.device
+        batches_by_length(run.answered, rows),
+        lambda batch, sequences: teacher.compute(teacher.seen(batch, sequences)),
+        lambda: teacher.head,
+        run.device,
     )
     batches = batches_by_length(run.train.sequences, rows)
     if world().size > 1 and isinstance(teacher, CachedTeacher) and teacher.composition is not None:

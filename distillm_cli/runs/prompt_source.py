@@ -102,7 +102,7 @@ def read_prompts(source: PromptSource, data: DataConfig, listener: Listener) -> 
     if source.input == "-" or is_text_file:
         return _lines(name, data, listener)[: source.limit]
     # A model's own recipe may limit its training rows and name validation rows, which do not apply to the prompts.
-    data = data.model_copy(update={"source": name, "valid": None, "limit": None})
+    data = data.of(name, valid=None, limit=None)
     # The test split of a single file is the whole file.
     split: Split = source.split or ("test" if path_kind(path) == "file" else "train")
     stand_in = source.split is None  # a split named by the user is required

@@ -220,9 +220,12 @@ class Report:
 
     def _save(self, name: str, report: ModelReport) -> ModelReport:
         rows = self.suite.rows[: len(report.answers)]
+        encoder = self.run.encoder
+        if name == TEACHER and self.run.teacher_encoder is not None:
+            encoder = self.run.teacher_encoder
         content = {
             **vars(report),
-            "prompts": [self.run.encoder.renderer.prompt(row) for row in rows],
+            "prompts": [encoder.renderer.prompt(row) for row in rows],
             "references": [list(row.references) for row in rows],
         }
         text = json.dumps(content, ensure_ascii=False, indent=1)
@@ -266,7 +269,7 @@ class Report:
 
         with eval_mode(model):
             listener = _renamed_progress(self.listener, name)
-            return evaluate_suite(model, self.run.encoder, self.suite, self.config, listener)
+            return evaluate_suite(model, self.run.encoder_of(model), self.suite, self.config, listener)
 
 
 def _measures_teacher(recipe: Recipe) -> bool:

@@ -127,7 +127,9 @@ def run_page(run: RecordedRun, distances: Sequence[RowDistances], distance_note:
 def _summary(run: RecordedRun) -> str:
     student, teacher = run.setting("student.path"), run.setting("teacher.path")
     who = f"{student}, fine-tuned" if run.setting("method") == "sft" else f"{teacher} distilled into {student}"
-    method = f"method {run.setting('method')}, data {run.setting('data.source')}, seed {run.setting('train.seed')}"
+    sources = run.setting("data.sources") or [run.setting("data.source")]
+    data = " + ".join(str(source["source"] if isinstance(source, dict) else source) for source in sources)
+    method = f"method {run.setting('method')}, data {data}, seed {run.setting('train.seed')}"
     return "; ".join([who, method, *([run.date] if run.date else []), *run.notes]) + "."
 
 

@@ -362,9 +362,17 @@ class ReportResult:
 
 @dataclass(frozen=True)
 class DecodedSequence:
-    """Hold a sequence of a batch as text, in pieces: (text, whether it is one supervised token)."""
+    """Hold a sequence of a batch as text, in pieces: (text, whether it is one supervised token).
+
+    seen: the pieces as the teacher sees them; empty if they are the same.
+    """
 
     pieces: tuple[tuple[str, bool], ...]
+    seen: tuple[tuple[str, bool], ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the pieces of both sides."""
+        return {"student": [list(piece) for piece in self.pieces], "teacher": [list(piece) for piece in self.seen]}
 
 
 @dataclass(frozen=True)

@@ -59,4 +59,4 @@ def check_served_teacher(run: Prepared) -> None:
     from distillm_cli.models.served import ServedTeacher
 
     if isinstance(run.pair.teacher, ServedTeacher):
-        run.pair.teacher.check_better_than_chance(run.train.sequences[:_CHECKED_ROWS])
+        run.pair.teacher.check_better_than_chance([s.for_teacher for s in run.train.sequences[:_CHECKED_ROWS]])

@@ -113,7 +113,7 @@ def warm_teacher_cache(
 
 def prefetch_rows(recipe: Recipe) -> Prefetcher:
     """Return the prefetcher of the recipe's rows, which starts once it is entered."""
-    return Prefetcher(recipe.data, partial(_tokenizer_file, recipe), recipe.needs_responses)
+    return Prefetcher(recipe.data_of("student"), partial(_tokenizer_file, recipe), recipe.needs_responses)
 
 
 def tokenizer_candidates(recipe: Recipe) -> list[tuple[str, str | None]]:

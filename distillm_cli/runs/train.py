@@ -349,7 +349,7 @@ def _summary(run: Prepared, state: TrainerState, models: Mapping[str, ModelRepor
     hidden = TEACHER if recipe.teacher.server is not None else TEACHER_BEFORE  # a teacher on a server does not respond
     samples = _samples(run, {model_title(name, recipe): models[name].answers for name in order if name != hidden})
     # Without test rows, `--suite SOURCE` would score training rows too; without `--suite`, held-out rows are scored.
-    suites = recipe.eval.suites or ((recipe.data.source,) if "test" in run.train_rows.splits else ())
+    suites = recipe.eval.suites or (recipe.data.names if "test" in run.train_rows.splits else ())
     first_row = next(iter(run.valid.rows), None)
     prompt = None if first_row is None else _question(run, first_row)
     return TrainSummary(

@@ -67,11 +67,11 @@ class CachedTeacher(LocalTeacher):
         """
         sequences = [self._as_row(s) for s in sequences]
         if not any(self._is_cacheable(s) for s in sequences):
-            return self.compute(batch)
+            return self.compute(self.seen(batch, sequences))
         device = batch.ids_BT.device
         missing = self._batches_of([s for s in dict.fromkeys(sequences) if self._cached(s) is None])
         if missing == [list(sequences)]:
-            hidden_ND = self.compute(batch)
+            hidden_ND = self.compute(self.seen(batch, sequences))
             self._store(sequences, hidden_ND)
         else:
             computed = self._compute_all(missing, device)
@@ -175,7 +175,7 @@ class CachedTeacher(LocalTeacher):
         """Compute the states of batches, cache them where they may be, and return them by sequence, on the CPU."""
         computed: dict[Sequence, Tensor] = {}
         for sequences in batches:
-            parts = self._store(sequences, self.compute(collate(sequences).to(device)))
+            parts = self._store(sequences, self.compute(collate([s.for_teacher for s in sequences]).to(device)))
             computed |= zip(sequences, parts, strict=True)
         return computed
 
@@ -207,9 +207,9 @@ class CachedTeacher(LocalTeacher):
         self._release(device)
 
     def _has_only_leftovers(self) -> bool:
-        """Return whether the only rows without states are in no batch of the first epoch."""
-        leftovers = [] if self.composition is None else self.composition.leftovers
-        if self.rows is None or self.rows.missing > len(leftovers):
+        """Return whether the only rows without states, fewer than a batch, are in no batch of the first epoch."""
+        most = 0 if self.composition is None else self.composition.most_leftovers
+        if self.rows is None or self.rows.missing > most:
             return False
         return self.validation is None or not self.validation.missing
 
@@ -270,7 +270,8 @@ class HiddenStateTable:
         if not 0 <= rollout.row < len(self.sequences):
             return None
         row = self.sequences[rollout.row]
-        is_equal = np.array_equal(row.response, rollout.response) and np.array_equal(row.prompt, rollout.prompt)
+        pairs = [(row.prompt, rollout.prompt), (row.for_teacher.prompt, rollout.for_teacher.prompt)]
+        is_equal = np.array_equal(row.response, rollout.response) and all(np.array_equal(*pair) for pair in pairs)
         return row if is_equal and row.turns is None and rollout.turns is None else None
 
     def read(self, sequence: Sequence) -> Tensor | None:
@@ -304,9 +305,10 @@ class BatchComposition:
     The first epoch then computes no other batches than its own, and a row's cached states depend only on teacher, rows and
     order: a resumed run computes them in the same batches and gets the same bits.
 
-    batches: step → indices of its rows, in the first epoch. steps: number of steps of that epoch. max_rows, pass_overhead:
-    those of the micro-batches, which are smaller in several processes. leftovers: the rows in no batch of that epoch, one
-    batch.
+    batches: step → indices of its rows, in the first epoch. steps: number of steps of that epoch. max_rows, max_tokens,
+    pass_overhead: those of the micro-batches, which are smaller in several processes. leftovers: the rows in no batch of
+    that epoch, fewer than a batch, or many if the epoch does not have all rows of a mixture. They are cut into batches as
+    large as a step's.
     """
 
     def __init__(
@@ -316,24 +318,48 @@ class BatchComposition:
         steps: int,
         rows: SequenceOf[Sequence],
         max_rows: int,
+        max_tokens: int | None = None,
         pass_overhead: int = MIN_PASS_OVERHEAD,
     ):
+        self._max_tokens = max_tokens
         self._batches = batches
         self._rows = rows
         self._steps = steps
         self._max_rows = max_rows
         self._pass_overhead = pass_overhead
         self._step_of_row = np.full(len(rows), steps)
+        self._step_rows = len(batches(0))
         for step in reversed(range(steps)):
             self._step_of_row[batches(step)] = step
-        self.leftovers = [rows[int(i)] for i in np.flatnonzero(self._step_of_row == steps)]
+        left = np.flatnonzero(self._step_of_row == steps)
+        self._step_of_row[left] += np.arange(len(left)) // self._step_rows
+        self._left = left
+
+    @property
+    def most_leftovers(self) -> int:
+        """Return the number of leftovers, at most a batch."""
+        return min(len(self._left), self._step_rows)
+
+    @property
+    def leftovers(self) -> list[Sequence]:
+        """Return the rows in no batch of the first epoch."""
+        return [self._rows[int(i)] for i in self._left]
 
     def batches_with(self, rows: SequenceOf[Sequence]) -> list[list[Sequence]]:
         """Return the groups that contain these rows, with all their members."""
         requested = set(rows)
         found = []
         for step in dict.fromkeys(self._step_of_row[s.row] for s in rows):
-            batch = self.leftovers if step == self._steps else [self._rows[i] for i in self._batches(int(step))]
-            groups = length_groups(batch, min(self._max_rows, world().rows_each(len(batch))), self._pass_overhead)
+            batch = [self._rows[int(i)] for i in self._batch(int(step))]
+            each = world().rows_each(len(batch))
+            most = each if self._max_tokens is not None else min(self._max_rows, each)
+            groups = length_groups(batch, most, self._pass_overhead, self._max_tokens)
             found += [group for group in groups if not requested.isdisjoint(group)]
         return found
+
+    def _batch(self, step: int) -> SequenceOf[int] | np.ndarray:
+        """Return the rows of a batch: of a step of the first epoch, then of the leftovers."""
+        if step < self._steps:
+            return self._batches(step)
+        start = (step - self._steps) * self._step_rows
+        return self._left[start : start + self._step_rows]

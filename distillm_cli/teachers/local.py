@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distillm_cli.losses.fused import HeadLike
 from distillm_cli.training.distributed import world
-from distillm_cli.types import Batch, Embedded, Sequence
+from distillm_cli.types import Batch, Embedded, Sequence, collate
 
 
 class LanguageModel(Protocol):
@@ -69,7 +69,14 @@ class LocalTeacher:
     @torch.no_grad()
     def hidden(self, batch: Batch, sequences: SequenceOf[Sequence]) -> Tensor:
         """Return the last hidden states [N, D_teacher] of the batch that ``sequences`` were collated to, without a graph."""
-        return self.compute(batch)
+        return self.compute(self.seen(batch, sequences))
+
+    @staticmethod
+    def seen(batch: Batch, sequences: SequenceOf[Sequence]) -> Batch:
+        """Return the batch with the teacher's prompts, if these differ. It has the same supervised tokens in order."""
+        if all(s.teacher_prompt is None for s in sequences):
+            return batch
+        return collate([s.for_teacher for s in sequences]).to(batch.ids_BT.device)
 
     def compute(self, batch: Batch) -> Tensor:
         """Run the model on the batch in the teacher's own dtype, independent of autocast."""

@@ -77,7 +77,8 @@ class _Snapshot:
 class Recovery:
     """Run the attempts at a step.
 
-    max_rows: initial number of sequences of a micro-batch. optimizer: its gradients are cleared after a failed attempt.
+    max_rows: initial number of sequences of a micro-batch. max_tokens: initial number of its padded positions, in place of
+    ``max_rows``; None for no limit. optimizer: its gradients are cleared after a failed attempt.
     save: saves a checkpoint of the state before the step, and returns whether one exists.
     """
 
@@ -90,6 +91,7 @@ class Recovery:
         run: RunInfo,
         *,
         max_rows: int,
+        max_tokens: int | None = None,
         save: Callable[[], bool],
         listener: Listener,
     ):
@@ -98,7 +100,8 @@ class Recovery:
         self.teacher = teacher
         self.optimizer = optimizer
         self.run = run
-        self.max_rows = max_rows  # halved for the rest of the run when memory runs out
+        self.max_rows = max_rows  # halved for the rest of the run when memory runs out, …
+        self.max_tokens = max_tokens  # … or this one if it is set
         self.save = save
         self.emit = listener
 
@@ -124,6 +127,15 @@ class Recovery:
         if self.save():
             hint = f"{hint}, and continue with --resume" if hint else "continue with --resume"
         return type(error)(error.code, f"{error.what} {where}", where=error.where, hint=hint)
+
+    def halve(self, rows: int) -> tuple[str, int]:
+        """Halve the limit of micro-batches; return the previous one and the new one. rows: of the largest micro-batch."""
+        if self.max_tokens is not None:
+            before = self.max_tokens
+            self.max_tokens = before // 2
+            return f"{before:,} tokens", self.max_tokens
+        self.max_rows = rows // 2
+        return f"{rows} sequences", self.max_rows
 
     def roll_back(self, snapshot: _Snapshot) -> None:
         """Restore the state before the step. The pool stores the sampled sequences for the retry."""
@@ -158,13 +170,18 @@ class Attempt:
         recovery = self.recovery
         overhead = recovery.run.pass_overhead
         dist = world()
-        rows = {batch.source: min(recovery.max_rows, dist.rows_each(len(batch.sequences))) for batch in batches}
-        self._rows = max(rows.values())
+        tokens = recovery.max_tokens
+        rows = {batch.source: dist.rows_each(len(batch.sequences)) for batch in batches}
+        if tokens is None:
+            rows = {source: min(recovery.max_rows, each) for source, each in rows.items()}
         found = [
             MicroBatch(batch.source, groups, _cost(groups, overhead))
             for batch in batches
-            for groups in micro_batches(batch.sequences, rows[batch.source], overhead)
+            for groups in micro_batches(batch.sequences, rows[batch.source], overhead, tokens)
         ]
+        self._rows = max(rows.values())
+        if tokens is not None:
+            self._rows = max(sum(map(len, micro.groups)) for micro in found)
         if self._is_sharded:  # all processes make each pass together, so passes cost the same
             found = [MicroBatch(micro.source, [group], cost=1) for micro in found for group in micro.groups]
         for micro, owner in zip(found, dist.owners([micro.cost for micro in found]), strict=True):
@@ -192,12 +209,9 @@ class Attempt:
             release(error)
         self.recovery.roll_back(self.snapshot)
         if is_out_of_memory and self._rows > 1:
-            self.recovery.max_rows = self._rows // 2
+            size, half = self.recovery.halve(self._rows)
             self.recovery.emit(
-                Warned(
-                    f"out of memory with micro-batches of {self._rows} sequences: continuing with "
-                    f"{self.recovery.max_rows}, same batches"
-                )
+                Warned(f"out of memory with micro-batches of {size}: continuing with {half}, same batches")
             )
             return True
         if isinstance(error, ServerError | StorageError):

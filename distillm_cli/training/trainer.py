@@ -80,6 +80,7 @@ class Trainer:
             self.optimizer,
             run,
             max_rows=config.batch_size,
+            max_tokens=config.tokens_per_batch,
             save=self._save_before_failing,
             listener=listener,
         )

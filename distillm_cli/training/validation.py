@@ -221,8 +221,9 @@ class Validator:
         is_trained = model is student_loss.student or (trained is not None and trained.in_training_precision)
         dtype = student_loss.matmul_dtype if is_trained else None
         of_model = StudentLoss(model, CrossEntropy(), matmul_dtype=dtype)
+        of_teacher = model is not student_loss.student
         with eval_mode(of_model), torch.no_grad():
-            return self.mean(CROSS_ENTROPY, of_model, autocast=is_trained)
+            return self.mean(CROSS_ENTROPY, of_model, autocast=is_trained, of_teacher=of_teacher)
 
     def is_better(self, value: float, best: float | None) -> bool:
         """Return whether ``value`` of the quantity that selects checkpoints is better than ``best``."""
@@ -230,12 +231,21 @@ class Validator:
             return True
         return value < best if is_lower_better(self.select) else value > best
 
-    def mean(self, weights: LossWeights, student_loss: StudentLoss, *, autocast: bool = True) -> float:
-        """Return ``mean_loss`` over the validation rows, in smaller batches if memory runs out."""
-        return retry_halved(
-            lambda: mean_loss(self.batches, weights, student_loss, self.run, self.teacher, autocast=autocast),
-            self._halve,
-        )
+    def mean(
+        self, weights: LossWeights, student_loss: StudentLoss, *, autocast: bool = True, of_teacher: bool = False
+    ) -> float:
+        """Return ``mean_loss`` over the validation rows, in smaller batches if memory runs out.
+
+        of_teacher: the model is the teacher, which sees its own prompts.
+        """
+
+        def attempt() -> float:
+            batches = self.batches
+            if of_teacher:
+                batches = [[s.for_teacher for s in batch] for batch in batches]
+            return mean_loss(batches, weights, student_loss, self.run, self.teacher, autocast=autocast)
+
+        return retry_halved(attempt, self._halve)
 
     def _halve(self) -> bool:
         """Split the batches into halves of the largest; return whether that was possible."""

@@ -11,7 +11,14 @@ from rich.text import Text
 
 from distillm_cli.runs.run_results import DecodedSequence, PipelinePlan, PlanResult
 from distillm_cli.ui.summary import facts, table
-from distillm_cli.utils.text import counted, format_bytes, format_count, format_parameters, listed_shares
+from distillm_cli.utils.text import (
+    counted,
+    described_source,
+    format_bytes,
+    format_count,
+    format_parameters,
+    listed_shares,
+)
 
 
 def tables_of(result: PlanResult | PipelinePlan) -> Iterator[RenderableType]:
@@ -113,6 +120,8 @@ _STAGES = {
 def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     data = found["data"]
     rows = [("pair", _pair(found)), ("rows", _rows(data))]
+    for i, source in enumerate(data.get("sources", ())):
+        rows.append(("" if i else "an epoch", described_source(source)))
     if data.get("format"):
         rows.append(("format", data["format"]))
     if data.get("columns_not_read"):
@@ -128,8 +137,11 @@ def _run_facts(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         lengths = f"unknown: assumed to be the maximum, {data['longest']:,} tokens of prompt and response"
     rows.append(("lengths", lengths))
     if "response_tokens" in data:
-        rows.append(("supervised", f"{counted(data['response_tokens'], 'response token')} per epoch"))
+        rows_counted = "in all rows" if data.get("sources") else "per epoch"
+        rows.append(("supervised", f"{counted(data['response_tokens'], 'response token')} {rows_counted}"))
     sequences = counted(found["sequences_per_step"], "sequence")
+    if (tokens := found.get("tokens_per_step")) is not None:
+        sequences = f"about {tokens:,} tokens ({sequences})"
     if found["steps"] is None:
         rows.append(("steps", f"unknown number; {sequences} each"))
     else:
@@ -310,17 +322,26 @@ def _time_tables(stages: Mapping[str, Mapping[str, Any]]) -> Iterator[Renderable
             yield table(title, ["", *gpus], rows)
 
 
-def _batch_lines(batch: Sequence[DecodedSequence]) -> Iterator[Text]:
+def _batch_lines(batch: Sequence[DecodedSequence]) -> Iterator[RenderableType]:
     head = (
         "One batch, decoded. Supervised tokens are in ⟦ ⟧; the last one is the end token, unless the response was cut."
     )
     yield Text(head, "bold")
+    if any(sequence.seen for sequence in batch):
+        sides = [[_marked(sequence.seen), _marked(sequence.pieces)] for sequence in batch]
+        yield table("What both models see", ["teacher", "student"], sides)
+        return
     for sequence in batch:
-        line = Text(style="dim")
-        for text, is_supervised in sequence.pieces:
-            if is_supervised:
-                line.append(f"⟦{text}⟧", style="not dim green")
-            else:
-                line.append(text)
-        yield line
+        yield _marked(sequence.pieces)
         yield Text("─" * 20, "dim")
+
+
+def _marked(pieces: Sequence[tuple[str, bool]]) -> Text:
+    """Return the text of a sequence with its supervised tokens marked."""
+    line = Text(style="dim")
+    for text, is_supervised in pieces:
+        if is_supervised:
+            line.append(f"⟦{text}⟧", style="not dim green")
+        else:
+            line.append(text)
+    return line

@@ -120,3 +120,10 @@ def printable(text: str) -> str:
 def escaped(line: str) -> str:
     """Escape control characters in a line of JSON without changing its value."""
     return _CONTROL_CHARACTERS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
+
+
+def described_source(figures: Mapping[str, Any]) -> str:
+    """Return the figures of a source as text: "g2p 25% (500 of 2,000 rows)"."""
+    rows, count = figures["rows"], figures["rows_per_epoch"]
+    times = f"{count:,} of {rows:,} rows" if count <= rows else f"{rows:,} rows, {count / rows:.3g} times"
+    return f"{figures['source']} {figures['share']:.1%} ({times})"

@@ -117,6 +117,20 @@ VARIANTS = [
         ),
     ),
     ("kd", ("train.adversarial=fgsm", "objective.kd_weight=0.5")),
+    ("skd", ("teacher.template=plain", "student.template=exact")),
+    (
+        "distillm",
+        ("train.tokens_per_batch=60", "train.tokens_per_step=150", "schedule.phi=0.6", "schedule.warm_up=none"),
+    ),
+    ("distillm", ("teacher.template=plain", "student.template=exact", "schedule.phi=0.6", "schedule.warm_up=none")),
+    (
+        "distillm",
+        (
+            "data.sources=[{source: builtin, weight: 2, template: exact}, {source: builtin, weight: 1}]",
+            "schedule.phi=0.5",
+            "schedule.warm_up=none",
+        ),
+    ),
 ]
 CASES = [*PRESETS, *VARIANTS]
 ROLLOUTS = ("schedule.phi=0.6", "schedule.warm_up=none", "schedule.capacity=16")

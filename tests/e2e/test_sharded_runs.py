@@ -84,6 +84,7 @@ CASES = [
     ("kd", ("train.gradient_checkpointing=true", "train.accumulate=2", "teacher.cache=off")),
     ("kd", ("train.batch_size=1",)),  # one process has no rows
     ("kd", LORA),
+    ("kd", ("train.tokens_per_batch=60", "train.tokens_per_step=200")),
     ("distillm", ROLLOUTS),
     ("distillm", (*ROLLOUTS, "schedule.freshness=on", *LORA)),
     ("minillm", ()),

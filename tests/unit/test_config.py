@@ -869,6 +869,9 @@ BOUND |= {
 }
 BOUND |= {"disco.enabled", "disco.keep_projection", "disco.pairs_epochs"}
 BOUND |= {"teacher.server", "rollout.server", "rollout.server_dir"}
+BOUND |= {"train.tokens_per_step"}
+BOUND |= {"data.sources", "data.source", "data.size", "data.tasks"}
+BOUND |= {"teacher.template", "teacher.chat_template", "student.template", "student.chat_template"}
 BOUND |= {"schedule.fresh", "train.lr", "train.min_lr", "data.date"}
 EVERY_FIELD = st.fixed_dictionaries({}, optional={key: _values(key) for key in leaves() if key not in BOUND})
 
