@@ -26,7 +26,7 @@ from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note, RunEnded, Saved, Stepped, Validated, silent
 from distillm_cli.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from distillm_cli.training.recovery import MicroBatch, Recovery, check_finite
-from distillm_cli.training.sharding import full_tensor
+from distillm_cli.training.sharding import HostSpace, full_tensor
 from distillm_cli.training.state import RunInfo, TrainerState
 from distillm_cli.training.validation import Validator
 from distillm_cli.types import Batch, collate
@@ -376,10 +376,13 @@ class Trainer:
             **({} if self.dist.size == 1 else {"processes": self.dist.size}),
             **self.run.identity(),
         }
-        tensors = optimizer_tensors(self.optimizer) | all_random_states(self.run.device) | pool_tensors
+        place = self.checkpoints.root
+        tensors = (
+            optimizer_tensors(self.optimizer, HostSpace(place)) | all_random_states(self.run.device) | pool_tensors
+        )
         tensors |= self.student_loss.extra_tensors()
         write = partial(self.checkpoints.write, self.state.step, state, tensors, protect=self.state.best_step)
-        with self.student_loss.sharding.whole(for_saving=True):
+        with self.student_loss.sharding.whole(to_save=HostSpace(place)):
             path = self.dist.broadcast(write)
         self.saved_step = self.state.step
         self.emit(Saved(self.state.step, str(path)))

@@ -185,6 +185,33 @@ def test_resume_with_shards_gives_the_same_bits(pair, tmp_path):
     assert_same_weights(tmp_path / "whole", tmp_path / "parts", 0)
 
 
+def test_checkpoint_that_does_not_fit_in_memory(pair, tmp_path, capsys, monkeypatch):
+    """Check that one that is gathered on disk is the same, leaves nothing else there, and continues in one process."""
+    whole = distill("whole", *SAVED, FULL)
+    together(pair, whole, tmp_path)
+    short = [*whole, "--output", "short"]
+    outcomes = pair.run(
+        short, directory=tmp_path, faults={0: ["memory_is_short"], 1: ["signal_arrives", 2, signal.SIGTERM]}
+    )
+    assert [o.code for o in outcomes] == [143, 143], outcomes[0].err
+    saved = visible(tmp_path / "short/checkpoints")
+    assert saved
+    assert list((tmp_path / "short/checkpoints").iterdir()) == saved
+    for path in saved:
+        for name in ("model.safetensors", "training.safetensors"):
+            one, two = (load_file(place / path.name / name) for place in (tmp_path / "whole/checkpoints", path.parent))
+            assert one.keys() == two.keys()
+            assert all(torch.equal(one[key], two[key]) for key in one)
+    alone([*short, "--set", NONE, "--resume"], tmp_path, capsys, monkeypatch)
+    assert_same_run(tmp_path / "whole", tmp_path / "short")
+
+
+def test_full_disk_while_a_checkpoint_is_gathered(pair, tmp_path):
+    outcomes = pair.run(distill("run", *SAVED, FULL), directory=tmp_path, faults={0: ["memory_and_disk_are_short"]})
+    assert_error((outcomes[0].code, json.loads(outcomes[0].out), outcomes[0].err), "storage.failed", "No space left")
+    assert outcomes[1] == (outcomes[0].code, "", "")
+
+
 def test_loss_that_is_nan_in_one_process_stops_all(pair, tmp_path):
     outcomes = pair.run(distill("run", *SAVED, FULL), directory=tmp_path, faults={1: ["loss_is_nan", 2]})
     assert_error((outcomes[0].code, json.loads(outcomes[0].out), outcomes[0].err), "numbers.not_finite", "at step 2")
