@@ -16,6 +16,7 @@ from distillm_cli.training.checkpoint import read_checkpoint, visible
 from tests import tiny
 from tests.command_line import assert_error
 from tests.processes import ROOT, Processes, signal_arrives
+from tests.protocol_server import serving
 
 FEW = (
     "data.size=40", "data.valid_limit=6", "eval.report_rows=0", "train.threads=1", "train.eval_steps=2",
@@ -244,6 +245,28 @@ sys.exit(main(sys.argv[1:]))
 def test_extras_are_refused(method, fields, pair, tmp_path):
     first, _ = pair.run(distill("run", FULL, *fields, method=method), directory=tmp_path)
     assert_error((first.code, json.loads(first.out), first.err), "usage.cannot_shard", "needs all weights")
+
+
+def test_servers_of_two_processes(pair, tmp_path, capsys, monkeypatch):
+    """Check a run with both servers, whose first process alone asks for rollouts, with and without shards."""
+    rows = [{"prompt": word, "output": word[::-1] + word} for word in ("abc", "bcd", "cde", "def", "efg", "fgh")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teacher = tiny.save(tmp_path / "teacher", hidden_size=48, seed=1)
+    student = tiny.save(tmp_path / "student", seed=2)
+    few = (*FEW[1:], f"student.path={student}", "data.valid=rows.jsonl", "data.template=plain", "data.max_length=32")
+    fields = ("rollout.temperature=0", "rollout.bulk=2", "schedule.kind=mixed", "student.dtype=fp32")
+    run = ["distill", "--teacher", teacher, "--data", "rows.jsonl", "--steps", 3, "--json"]
+    run += [word for field in (*few, *fields) for word in ("--set", field)]
+    with serving(student) as rollouts, serving(teacher, pools=True) as states:
+        run += ["--rollout-server", rollouts.url, "--teacher-server", states.url]
+        one = alone([*run, "--output", "one"], tmp_path, capsys, monkeypatch)
+        asked = rollouts.log["/v1/completions"]
+        for shard in (NONE, FULL):
+            rollouts.log.clear()
+            two = together(pair, [*run, "--set", shard, "--output", shard], tmp_path)
+            assert rollouts.log["/v1/completions"] == asked
+            assert two["sampled_tokens"] == one["sampled_tokens"] > 0
+            assert_same_run(tmp_path / "one", tmp_path / shard)
 
 
 @pytest.mark.long
