@@ -156,13 +156,13 @@ def disk_is_full(step: int):
 
 def memory_is_short(*, disk_is_full: bool = False):
     """Let the host have no memory for gathered tensors, and the disk no space either."""
-    from distillm_cli.training import sharding
+    from distillm_cli.utils import host_space
 
     stack = ExitStack()
-    stack.enter_context(patch.object(sharding, "available_memory", lambda: 0))
+    stack.enter_context(patch.object(host_space, "available_memory", lambda: 0))
     if disk_is_full:
         error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        stack.enter_context(patch.object(sharding, "reserve_space", lambda *_: _raise(error)))
+        stack.enter_context(patch.object(host_space, "reserve_space", lambda *_: _raise(error)))
     return stack
 
 

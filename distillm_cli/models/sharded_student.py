@@ -11,6 +11,7 @@ import copy
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 from distillm_cli.errors import UsageError
 from distillm_cli.models.generation.working_copy import working_copy
 from distillm_cli.training.distributed import lone_error, world
-from distillm_cli.training.sharding import HostSpace
+from distillm_cli.utils.host_space import HostSpace
 
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
@@ -85,7 +86,7 @@ class ShardedStudent:
         target = self._decoding_copy() if to_save is None else self._copy
         place = self._to_device
         if to_save is not None:
-            to_save.reserve(target.parameters())
+            world().broadcast(partial(to_save.reserve, target.parameters()))
             place = to_save.copy if world().is_first else _to_meta
         with self.passes():
             self._fill(target, place)

@@ -28,6 +28,7 @@ from distillm_cli.rollouts.sampler import (
     SampledOutput,
     decode_in_groups,
     max_response_tokens,
+    row_seeds,
     uniforms,
 )
 from distillm_cli.training.events import Listener, silent
@@ -86,7 +87,7 @@ class InterleavedSampler:
         context = min(contexts, default=None)
         ids = [s.prompt for s in prompts]
         limits = [max_response_tokens(len(p), self.drafting, context, self.max_length - len(p)) for p in ids]
-        keys = [(step << 24) + i for i in places or range(len(prompts))]
+        keys = [key for _, key in row_seeds(self.seed, prompts, step, places, by_row=False)]
         outputs = decode_in_groups(
             len(prompts), self.width, lambda rows: self._sample_group(ids[rows], keys[rows], limits[rows])
         )

@@ -6,67 +6,14 @@ to do at the same time. So all processes make the same number of passes: one wit
 
 from __future__ import annotations
 
-import mmap
-import tempfile
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from distillm_cli.training.distributed import world
-from distillm_cli.utils.memory import available_memory
-from distillm_cli.utils.storage import reserve_space, storing
-
-_SPARE_BYTES = 8 * 2**30  # of memory that gathered tensors leave to everything else
-_ALIGNMENT = 64  # bytes
-
-
-class HostSpace:
-    """Hold the tensors that the first process gathers to save them: in its memory or, if they do not fit there, on disk.
-
-    directory: of the files, which have no names. The system writes their pages to disk when it needs the memory.
-    """
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self._file: mmap.mmap | None = None
-        self._used = 0
-
-    def reserve(self, tensors: Iterable[Tensor]) -> None:
-        """Provide space for tensors, in place of what was reserved before. All processes call it, with the same sizes.
-
-        Raises StorageError in all of them if neither memory nor disk suffices.
-        """
-        world().broadcast(partial(self._reserve, sum(map(_aligned_bytes, tensors))))
-
-    def _reserve(self, size: int) -> None:
-        self._file = None
-        self._used = 0
-        free = available_memory()
-        if free is None or size + _SPARE_BYTES <= free:
-            return
-        what = f"cannot gather {size:,} bytes of the student and its optimizer in {self.directory}"
-        with storing(what, "free disk space or memory"):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.directory) as file:
-                reserve_space(file.fileno(), size)
-                self._file = mmap.mmap(file.fileno(), size)
-
-    def copy(self, tensor: Tensor) -> Tensor:
-        """Return a copy of a tensor in the reserved space."""
-        if self._file is None or not tensor.numel():
-            return tensor.cpu()
-        flat = torch.frombuffer(self._file, dtype=tensor.dtype, count=tensor.numel(), offset=self._used)
-        self._used += _aligned_bytes(tensor)
-        return flat.view(tensor.shape).copy_(tensor)
-
-
-def _aligned_bytes(tensor: Tensor) -> int:
-    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
+from distillm_cli.utils.host_space import HostSpace
 
 
 class Sharding(Protocol):
@@ -117,7 +64,7 @@ def gathered(tensors: dict[str, Tensor], space: HostSpace) -> dict[str, Tensor]:
     """Return tensors with the whole of each distributed one in ``space``, in the first process alone. Others unchanged."""
     distributed = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "full_tensor")}
     if distributed:
-        space.reserve(distributed.values())
+        world().broadcast(partial(space.reserve, distributed.values()))
     found = dict(tensors)
     for name, tensor in distributed.items():
         whole = full_tensor(tensor)

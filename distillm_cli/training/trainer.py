@@ -26,10 +26,11 @@ from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note, RunEnded, Saved, Stepped, Validated, silent
 from distillm_cli.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from distillm_cli.training.recovery import MicroBatch, Recovery, check_finite
-from distillm_cli.training.sharding import HostSpace, full_tensor
+from distillm_cli.training.sharding import full_tensor
 from distillm_cli.training.state import RunInfo, TrainerState
 from distillm_cli.training.validation import Validator
 from distillm_cli.types import Batch, collate
+from distillm_cli.utils.host_space import HostSpace
 from distillm_cli.utils.modules import eval_mode
 from distillm_cli.utils.signals import stop_on_signal
 from distillm_cli.utils.text import counted

@@ -15,7 +15,8 @@ from torch import nn
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.sharded_student import ShardedStudent, _blocks
 from distillm_cli.training.distributed import joined, world
-from distillm_cli.training.sharding import HostSpace, full_tensor, gathered, like
+from distillm_cli.training.sharding import full_tensor, gathered, like
+from distillm_cli.utils.host_space import HostSpace
 from tests import tiny
 
 def local_size(model):

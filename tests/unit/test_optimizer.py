@@ -15,7 +15,7 @@ from distillm_cli.training.optimizer import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
-from distillm_cli.training.sharding import HostSpace
+from distillm_cli.utils.host_space import HostSpace
 from distillm_cli.utils.optimizers import check_optimizer
 from tests.codes import raises_code
 

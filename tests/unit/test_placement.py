@@ -19,7 +19,7 @@ from distillm_cli.runs import costs
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.teachers.teacher_cache import teacher_digest
 from distillm_cli.training.optimizer import build_optimizer, optimizer_tensors
-from distillm_cli.training.sharding import HostSpace
+from distillm_cli.utils.host_space import HostSpace
 from tests import tiny
 from tests.codes import raises_code
 
