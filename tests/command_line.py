@@ -7,6 +7,7 @@ import re
 
 from distillm_cli.cli.app import main
 from distillm_cli.cli.options import collect_field_flags
+from distillm_cli.config.methods import METHODS
 
 # The exit code of each area of error codes (the part before the dot).
 EXIT_CODES = {
@@ -71,3 +72,10 @@ def assert_error_line(outcome, code, *mentions):
     for text in mentions:
         assert str(text) in message
     return message
+
+
+def fields_of(method, fields):
+    """Return the assignments of fields that a method has: one that distills embeddings has no responses."""
+    if not METHODS[method].preset.get("disco.enabled"):
+        return tuple(fields)
+    return tuple(field for field in fields if not field.startswith(("rollout.", "objective.", "eval.")))

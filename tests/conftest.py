@@ -22,8 +22,9 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_finish() -> None:
-    """Exclude the objects of the imports from garbage collection, which out-of-memory recovery runs many times."""
+@pytest.fixture(scope="module", autouse=True)
+def _frozen_objects():
+    """Exclude the objects of all imports so far from garbage collection, which commands and recovery run many times."""
     gc.collect()
     gc.freeze()
 

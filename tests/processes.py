@@ -154,6 +154,23 @@ def disk_is_full(step: int):
     return patch.object(checkpoint, "save_file", replaced)
 
 
+def memory_is_short(*, disk_is_full: bool = False):
+    """Let the host have no memory for gathered tensors, and the disk no space either."""
+    from distillm_cli.utils import host_space
+
+    stack = ExitStack()
+    stack.enter_context(patch.object(host_space, "available_memory", lambda: 0))
+    if disk_is_full:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        stack.enter_context(patch.object(host_space, "reserve_space", lambda *_: _raise(error)))
+    return stack
+
+
+def memory_and_disk_are_short():
+    """Let neither memory nor disk have space for gathered tensors."""
+    return memory_is_short(disk_is_full=True)
+
+
 def version_is(version: str):
     """Let this process have another version."""
     import distillm_cli
@@ -192,9 +209,8 @@ def is_elsewhere():
 
 
 FAULTS = (
-    memory_runs_out, loss_is_nan, logits_are_nan, signal_arrives, disk_is_full, version_is, has_gpus, sees_another_disk,
-    is_on_machine,
-    is_elsewhere,
+    memory_runs_out, loss_is_nan, logits_are_nan, signal_arrives, disk_is_full, memory_is_short, memory_and_disk_are_short,
+    version_is, has_gpus, sees_another_disk, is_on_machine, is_elsewhere,
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError
 from distillm_cli.config import merging, yaml_io
 from distillm_cli.config.explain import choices, describe_type, format_value, leaves, takes_texts_only
 from distillm_cli.config.field_usage import has_field, value_of
-from distillm_cli.config.fields import Name, Positive, Section
+from distillm_cli.config.fields import Name, Positive, Section, ServerUrl
 from distillm_cli.config.load import Resolved, locate, resolve_layers, shipped
 from distillm_cli.config.merging import ErrorCollector, GivenValue, Priority
 from distillm_cli.config.schema import Recipe
@@ -66,7 +66,17 @@ class StageConfig(Section):
         return ()
 
 
-class GenerateStageConfig(StageConfig):
+class RespondingStageConfig(StageConfig):
+    """Hold the keys of a stage in which models respond to prompts."""
+
+    server: ServerUrl | None = Field(
+        None,
+        description="Address of a server that generates, as --server of the command. The model is a directory with its "
+        "tokenizer, or a name on the server.",
+    )
+
+
+class GenerateStageConfig(RespondingStageConfig):
     """Hold the keys of a generate stage. Its prompts are those of its ``data`` section."""
 
     model: Name
@@ -79,7 +89,7 @@ class GenerateStageConfig(StageConfig):
         return (self.model,)
 
 
-class EvalStageConfig(StageConfig):
+class EvalStageConfig(RespondingStageConfig):
     """Hold the keys of an eval stage."""
 
     models: tuple[Name, ...] = Field(min_length=1, description="Models to score.")
@@ -330,6 +340,9 @@ class _PipelineParser:
             missing = ("no model to train", "student.path")
         elif config.verb == "distill" and recipe.teacher.path is None:
             missing = ("no teacher", "teacher.path")
+        if isinstance(config, EvalStageConfig) and config.server is not None and len(config.models) > 1:
+            what, hint = f"{place}: server with {len(config.models)} models", "make a stage for each model of a server"
+            self.problems.add(Priority(merging.STAGE, line), RecipeError("recipe.invalid_stage", what, hint=hint))
         if missing:
             what, field = missing
             hint = f"set {field} there, to a path, a hub name or stage:NAME"

@@ -121,7 +121,8 @@ class ServedTeacher(Backbone):
             whole = Head(
                 head.weight, getattr(head, "bias", None), self.head_scale, self.head_softcap
             )  # as the server's
-            difference = (self._log_probs(inside, whole).cpu() - torch.tensor(own)).abs().mean().item()
+            found = _target_log_probs(whole.logits(self.hidden(inside)), inside)
+            difference = (found.cpu() - torch.tensor(own)).abs().mean().item()
             if not difference <= nats:
                 raise self._other_model(f"its log-probabilities differ from the head's by {difference:.2g} nats")
             self.has_log_probs = True
@@ -135,17 +136,14 @@ class ServedTeacher(Backbone):
         answered = [sequence for sequence in sequences if sequence.supervised]
         if not answered:
             return None
-        loss = -self._log_probs(collate(answered).to(self.device), self.head()).mean().item()
+        batch = collate(answered).to(self.device)
+        loss = -_target_log_probs(self.head().logits(self.hidden(batch)), batch).mean().item()
         chance = math.log(self.vocab)
         if not loss < chance and not self.has_log_probs:
             raise self._other_model(
                 f"with this head, the rows' responses have {loss:.3g} nats per token, no better than chance ({chance:.3g})"
             )
         return loss
-
-    def _log_probs(self, batch: Batch, head: Head) -> Tensor:
-        logits_NV = head.logits(self.hidden(batch))
-        return logits_NV.log_softmax(-1).gather(-1, batch.targets_N[:, None])[:, 0]
 
     def _other_model(self, why: str) -> ServerError:
         what = f"{self.server.url} does not serve the teacher {self.model.config.name_or_path}: {why}"
@@ -205,7 +203,12 @@ class StudentFiles:
         batch = collate(sequences).to(self.student.device)
         logits_BTV = self.student.model(input_ids=batch.ids_BT, attention_mask=None, use_cache=False).logits
         logits_NV = logits_BTV.flatten(0, 1).index_select(0, batch.positions_N).float()
-        return logits_NV.log_softmax(-1).gather(-1, batch.targets_N[:, None])[:, 0]
+        return _target_log_probs(logits_NV, batch)
+
+
+def _target_log_probs(logits_NV: Tensor, batch: Batch) -> Tensor:
+    """Return the log-probabilities of a batch's supervised tokens [N], nats, over all rows of the logits."""
+    return logits_NV.log_softmax(-1).gather(-1, batch.targets_N[:, None])[:, 0]
 
 
 def load_served_teacher(

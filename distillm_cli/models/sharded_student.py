@@ -11,6 +11,7 @@ import copy
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from distillm_cli.errors import UsageError
 from distillm_cli.models.generation.working_copy import working_copy
 from distillm_cli.training.distributed import lone_error, world
+from distillm_cli.utils.host_space import HostSpace
 
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
@@ -75,15 +77,19 @@ class ShardedStudent:
             register_fsdp_forward_method(root, name)
 
     @contextmanager
-    def whole(self, *, for_saving: bool = False) -> Iterator[None]:
+    def whole(self, *, to_save: HostSpace | None = None) -> Iterator[None]:
         """Give the student a copy of its model with all weights inside the block, which every process enters.
 
-        Under autocast it has the dtype for decoding, unless there is an adapter. for_saving: as it is in training, on the
-        CPU, and in the first process alone; others have a copy without weights.
+        Under autocast it has the dtype for decoding, unless there is an adapter. to_save: as it is in training, in this
+        space of the first process alone; others have a copy without weights.
         """
-        target = self._copy if for_saving else self._decoding_copy()
+        target = self._decoding_copy() if to_save is None else self._copy
+        place = self._to_device
+        if to_save is not None:
+            world().broadcast(partial(to_save.reserve, target.parameters()))
+            place = to_save.copy if world().is_first else _to_meta
         with self.passes():
-            self._fill(target, self._to_first_process if for_saving else self._to_device)
+            self._fill(target, place)
         self.student.model = target
         self.student.adapter = self._copy_adapter
         try:
@@ -91,7 +97,7 @@ class ShardedStudent:
         finally:
             self.student.model = self._sharded
             self.student.adapter = self._adapter
-            _replace(target, lambda weight: weight.to("meta"))
+            _replace(target, _to_meta)
 
     @contextmanager
     def passes(self) -> Iterator[None]:
@@ -144,8 +150,9 @@ class ShardedStudent:
     def _to_device(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.to(self._device)
 
-    def _to_first_process(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.to("cpu" if world().is_first else "meta")
+
+def _to_meta(weight: torch.Tensor) -> torch.Tensor:
+    return weight.to("meta")
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

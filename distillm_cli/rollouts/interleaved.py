@@ -28,6 +28,7 @@ from distillm_cli.rollouts.sampler import (
     SampledOutput,
     decode_in_groups,
     max_response_tokens,
+    row_seeds,
     uniforms,
 )
 from distillm_cli.training.events import Listener, silent
@@ -88,7 +89,7 @@ class InterleavedSampler:
             max_response_tokens(s.prompt_length, self.drafting, context, self.max_length - s.prompt_length)
             for s in prompts
         ]
-        keys = [(step << 24) + i for i in places or range(len(prompts))]
+        keys = [key for _, key in row_seeds(self.seed, prompts, step, places, by_row=False)]
         outputs = decode_in_groups(
             len(prompts), self.width, lambda rows: self._sample_group(prompts[rows], keys[rows], limits[rows])
         )

@@ -69,9 +69,9 @@ from distillm_cli.runs.resume import (
     best_checkpoint,
     check_same_inputs,
     check_total_steps,
-    find_checkpoint,
 )
 from distillm_cli.runs.run_results import FineTuned, Outcome, PlanResult, TrainResult, TrainSummary
+from distillm_cli.runs.stages import check_directories, read_checkpoints
 from distillm_cli.runs.start import TrainOptions
 from distillm_cli.runs.train import interrupted, report_checkpoints
 from distillm_cli.training.checkpoint import Checkpoint, Checkpoints, read_checkpoint
@@ -203,18 +203,15 @@ def train_embeddings(
     for note in resolved.notes:
         listener(Warned(note))
     stage = distillation_stage(resolved)
-    place = output / output_dir.DISTILLED
-    if stage is not None and place.exists() and not output_dir.has_stage(output, output_dir.DISTILLED):
-        what = f"{place} is not a stage of a run in {output}, but the run needs it for the distillation"
-        raise UsageError("usage.output_exists", what, hint="choose another --output, or move it away")
+    stages = {} if stage is None else {output_dir.DISTILLED: stage}
+    check_directories(stages, output)
     try:
-        checkpoint, stage_checkpoint = _checkpoints(resolved, stage, output, options)
+        checkpoints = read_checkpoints(resolved, stages, output, options)
         run = prepare_embeddings(resolved.recipe, listener)
         if world().size > 1:
             world().check_same(run.inputs)
-        for found in (checkpoint, stage_checkpoint):
-            if found is not None:
-                check_same_inputs(found, run.inputs)
+        for found in checkpoints.all:
+            check_same_inputs(found, run.inputs)
     except KeyboardInterrupt as stop:
         raise interrupted(None, stop) from None
     if options.overwrite:  # only now: an error in the input must not delete an earlier run
@@ -222,16 +219,17 @@ def train_embeddings(
             listener(Warned(f"cannot remove all of {stuck}, of an earlier run: it uses disk space"))
     if on_ready is not None:
         on_ready()
-    output_dir.write_recipe(output, to_yaml(resolved), stages=() if stage is None else (output_dir.DISTILLED,))
+    output_dir.write_recipe(output, to_yaml(resolved), stages=tuple(stages))
     try:
         if stage is None:
-            result = _train(run, _distillation(run, resolved, output, checkpoint), command, started)
+            result = _train(run, _distillation(run, resolved, output, checkpoints.run), command, started)
         else:
-            if checkpoint is None:
-                _distil_first(run, stage, place, stage_checkpoint)
+            place = output / output_dir.DISTILLED
+            if checkpoints.run is None:
+                _distill_first(run, stage, place, checkpoints.stages.get(output_dir.DISTILLED))
             else:
                 _load_weights(run.student, best_checkpoint(place))
-            result = _train(run, _pair_tuning(run, resolved, output, checkpoint), command, started)
+            result = _train(run, _pair_tuning(run, resolved, output, checkpoints.run), command, started)
         report_checkpoints(output, resolved.recipe.train.keep, listener)
         return result
     except KeyboardInterrupt as stop:
@@ -243,19 +241,6 @@ def distillation_stage(resolved: Resolved) -> Resolved | None:
     if not resolved.recipe.disco.pairs_epochs:
         return None
     return with_resolved_values(resolved, {"disco.pairs_epochs": (0.0, "disco.pairs_epochs")})
-
-
-def _checkpoints(
-    resolved: Resolved, stage: Resolved | None, output: Path, options: TrainOptions
-) -> tuple[Checkpoint | None, Checkpoint | None]:
-    """Return the checkpoints of the run and of the stage before it to resume from. Raises CheckpointError."""
-    if not options.resume:
-        return None, None
-    moved = options.moved_inputs
-    checkpoint = find_checkpoint(output, resolved.recipe, is_required=stage is None, moved_inputs=moved)
-    if checkpoint is not None or stage is None:
-        return checkpoint, None
-    return None, find_checkpoint(output / output_dir.DISTILLED, stage.recipe, moved_inputs=moved)
 
 
 # ------------------------------------------------------------------------------------------------------- preparation
@@ -561,8 +546,8 @@ def measure_student(
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def _distil_first(run: EmbeddingRun, stage: Resolved, output: Path, checkpoint: Checkpoint | None) -> None:
-    """Distil the student, or resume that; the weights of a finished stage are read."""
+def _distill_first(run: EmbeddingRun, stage: Resolved, output: Path, checkpoint: Checkpoint | None) -> None:
+    """Distill the student, or resume that; the weights of a finished stage are read."""
     seed = run.recipe.train.seed
     training = _distillation(run, stage, output, checkpoint)
     if _is_finished(training):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,7 @@ def stage_states(pipeline: Pipeline, output: Path, chosen: list[str]) -> dict[st
             made[stage.name] = before.made if before is not None else ""
             continue
         stage_record.check_data_files(stage)
+        _check_server(stage)
         if before is None:
             found[stage.name] = StageState("to run")
         elif again:
@@ -109,6 +111,14 @@ def stage_states(pipeline: Pipeline, output: Path, chosen: list[str]) -> dict[st
             found[stage.name] = _state(stage, place, before, made)
         made[stage.name] = before.made if before is not None and found[stage.name].kind == "done" else ""
     return found
+
+
+def _check_server(stage: Stage) -> None:
+    """Raise UsageError for a setting of a stage that its server does not have."""
+    if isinstance(stage.config, EvalStageConfig) and stage.config.server is not None:
+        from distillm_cli.runs.server_model import check_eval_on_server  # imports an HTTP client
+
+        check_eval_on_server(stage.config.models[0], stage.resolved.recipe.eval)
 
 
 def run_pipeline(
@@ -294,11 +304,14 @@ class _PipelineRun:
         data, file = resolved.recipe.data, place / stage_record.SAMPLES
         source = PromptSource(data=data.source, split=own.split, limit=own.limit or data.limit, samples=own.n)
         settings = Settings(resolved)
+        generate = partial(
+            generate_responses, own.model, source, settings, self.listener, output=str(file), server=own.server
+        )
         try:  # raises an error if the file has rows of other weights, prompts or settings
-            return generate_responses(own.model, source, settings, self.listener, output=str(file), resume=True)
+            return generate(resume=True)
         except CheckpointError:
             _rename_old_rows(file, self.listener)
-            return generate_responses(own.model, source, settings, self.listener, output=str(file))
+            return generate()
 
     def _evaluate(self, stage: Stage, own: EvalStageConfig, resolved: Resolved, place: Path) -> EvalResult:
         from distillm_cli.runs.eval import evaluate_checkpoints
@@ -308,7 +321,7 @@ class _PipelineRun:
         pairs = zip(stage.config.model_names, own.models, strict=True)
         names = {model: name.removeprefix(PREFIX) for name, model in pairs if name.startswith(PREFIX)}
         models, settings = list(own.models), Settings(resolved)
-        return evaluate_checkpoints(models, settings, self.listener, output=str(place), names=names)
+        return evaluate_checkpoints(models, settings, self.listener, output=str(place), names=names, server=own.server)
 
     def _stage_result(self, status: str, stage: Stage, place: Path, result: Mapping[str, Any]) -> StageResult:
         return StageResult(status, stage.verb, str(stage_record.stage_output(stage, place)), result)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distillm_cli.config.load import Resolved
-from distillm_cli.config.pipeline_recipe import PREFIX, GenerateStageConfig, Pipeline
+from distillm_cli.config.pipeline_recipe import PREFIX, GenerateStageConfig, Pipeline, RespondingStageConfig
 from distillm_cli.config.schema import Recipe, SourceConfig, chosen
 from distillm_cli.config.suite_file import LM_EVAL
 from distillm_cli.data.encoder import Encoder
@@ -46,17 +46,23 @@ def plan_pipeline(pipeline: Pipeline, listener: Listener, processes: int = 1) ->
             raise RecipeError(
                 "recipe.invalid_stage", what, hint="plan its recipe alone: distillm plan --method disco …"
             )
-        if stage.verb in ("sft", "distill"):
-            figures, shapes[PREFIX + stage.name] = plan_from_configs(resolved, silent, shapes, processes=processes)
-        elif isinstance(stage.config, GenerateStageConfig):
+        if isinstance(stage.config, GenerateStageConfig):
             data = resolved.recipe.data
             limit = stage.config.limit or data.limit
             samples[PREFIX + stage.name] = PlannedSamples(data.source, limit, stage.config.n)
+        if isinstance(stage.config, RespondingStageConfig) and stage.config.server is not None:
+            listener(Note(f"stage {stage.name}: a server responds; its memory and time are not estimated"))
+            continue
+        if stage.verb in ("sft", "distill"):
+            figures, shapes[PREFIX + stage.name] = plan_from_configs(resolved, silent, shapes, processes=processes)
+        elif isinstance(stage.config, GenerateStageConfig):
             figures = _plan_generate(stage.config, resolved.recipe, shapes)
         else:
             figures = _plan_eval(stage.config.model_names, resolved.recipe, shapes, samples)
         plans[stage.name] = {"verb": stage.verb} | figures
         figures["notes"] += [f"{source} does not exist yet: planned with {samples[source]}" for source in sources]
+    if not plans:
+        raise RecipeError("recipe.invalid_stage", "servers respond in all stages: there is nothing to estimate")
     return PipelinePlan(pipeline.name, plans)
 
 

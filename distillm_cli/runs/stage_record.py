@@ -177,7 +177,9 @@ def fingerprint_inputs(stage: Stage, made: Mapping[str, str]) -> dict[str, Any]:
             for key, value in values(recipe).items()
             if key not in _NOT_SHAPING and (key.startswith(sections) or key in _SHAPING[stage.verb])
         }
-    stage_settings = stage.config.model_dump(mode="json", exclude={"recipe"})
+    stage_settings = stage.config.model_dump(mode="json", exclude={"recipe", "server"})
+    if getattr(stage.config, "server", None) is not None:
+        stage_settings["server"] = True  # its address may change
     files = {}
     for key, text in inputs(stage.config, recipe):
         identity = _input_identity(key, text)

@@ -105,19 +105,19 @@ def stages_of(resolved: Resolved, stages: Iterable[PriorStage]) -> dict[PriorSta
     return {stage: recipe for stage, recipe in recipes.items() if recipe is not None}
 
 
-def check_directories(stages: Iterable[PriorStage], output: Path) -> None:
-    """Raise UsageError if a stage would overwrite a directory of the user."""
-    for stage in stages:
-        place = output / stage.name
-        if place.exists() and not output_dir.has_stage(output, stage.name):
+def check_directories(names: Iterable[str], output: Path) -> None:
+    """Raise UsageError if a stage, which has the name of its directory, would overwrite a directory of the user."""
+    for name in names:
+        place = output / name
+        if place.exists() and not output_dir.has_stage(output, name):
             what = f"{place} is not a stage of a run in {output}, but the run needs it"
             raise UsageError("usage.output_exists", what, hint="choose another --output, or move it away")
 
 
 def read_checkpoints(
-    resolved: Resolved, stages: Mapping[PriorStage, Resolved], output: Path, options: TrainOptions
+    resolved: Resolved, stages: Mapping[str, Resolved], output: Path, options: TrainOptions
 ) -> StageCheckpoints:
-    """Return the checkpoints to resume from. Raises CheckpointError if there are none."""
+    """Return the checkpoints to resume from. stages: recipes by name. Raises CheckpointError if there are none."""
     if not options.resume:
         return StageCheckpoints(None, {})
     moved = options.moved_inputs
@@ -125,12 +125,12 @@ def read_checkpoints(
     if checkpoint is not None:
         return StageCheckpoints(checkpoint, {})
     found: dict[str, Checkpoint] = {}
-    for stage, recipe in stages.items():
-        place = output / stage.name
+    for name, recipe in stages.items():
+        place = output / name
         checkpoint = find_checkpoint(place, recipe.recipe, is_required=not found, moved_inputs=moved)
         if checkpoint is None:
             break
-        found[stage.name] = checkpoint
+        found[name] = checkpoint
     return StageCheckpoints(None, found)
 
 

@@ -162,13 +162,14 @@ def train(
     for note in resolved.notes:
         listener(Warned(note))
     stages = stages_of(resolved, PRIOR_STAGES)
-    check_directories(stages, output)
+    check_directories((stage.name for stage in stages), output)
     _check_teacher_directory(resolved, output)
     if options.rebuild_teacher_cache:
         check_rows(resolved.recipe)
     check_servers(resolved.recipe, listener)
     try:
-        checkpoints = read_checkpoints(resolved, stages, output, options)
+        recipes = {stage.name: recipe for stage, recipe in stages.items()}
+        checkpoints = read_checkpoints(resolved, recipes, output, options)
         run = prepare(resolved.recipe, listener, prefetcher)
         if world().size > 1:
             world().check_same({**run.inputs, "precision": dtype_name(run.dtype), "device": run.device.type})

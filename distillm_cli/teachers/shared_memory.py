@@ -20,6 +20,7 @@ from torch import Tensor
 
 from distillm_cli.errors import StorageError
 from distillm_cli.training.distributed import world
+from distillm_cli.utils.storage import reserve_space
 
 _PLACES = ("/dev/shm", tempfile.gettempdir())
 _SPARE_BYTES = 2**26  # that remain free in a place
@@ -83,7 +84,7 @@ def _new_file(size: int) -> str:
                 continue
             descriptor, path = tempfile.mkstemp(prefix="distillm-", dir=place)
             try:
-                _reserve(descriptor, size)
+                reserve_space(descriptor, size)
                 return path
             except OSError:
                 Path(path).unlink()
@@ -95,11 +96,3 @@ def _new_file(size: int) -> str:
         where=" and ".join(_PLACES),
         hint="enlarge /dev/shm, set TMPDIR to a larger file system, or try --teacher-cache disk or off",
     )
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    # A file that is only as large as asked for ends the process (SIGBUS) if memory runs out at a write.
-    if hasattr(os, "posix_fallocate") and size:
-        os.posix_fallocate(descriptor, 0, size)
-    else:
-        os.ftruncate(descriptor, size)

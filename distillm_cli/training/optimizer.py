@@ -12,6 +12,7 @@ from torch import nn
 from distillm_cli.config.schema import TrainConfig, chosen
 from distillm_cli.losses.extra import Extra
 from distillm_cli.training.sharding import gathered, like
+from distillm_cli.utils.host_space import HostSpace
 from distillm_cli.utils.optimizers import EIGHT_BIT, adafactor, eight_bit_adamw
 
 # State that has the shape of its parameter: of AdamW, of Adafactor's vectors, and of bitsandbytes.
@@ -56,17 +57,16 @@ def learning_rate(train: TrainConfig, step: int, steps: int) -> float:
     return floor + (peak - floor) * share[train.lr_schedule]
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, space: HostSpace) -> dict[str, torch.Tensor]:
     """Return the optimizer's state as named tensors: ``optimizer.PARAMETER_INDEX.KEY``.
 
-    State that is distributed over the processes is whole in the first one, and empty in the others.
+    State that is distributed over the processes is whole in the first one, in ``space``, and empty in the others.
     """
     state = optimizer.state_dict()["state"]
-    return {
-        f"optimizer.{i}.{key}": gathered(torch.as_tensor(value))
-        for i, values in state.items()
-        for key, value in values.items()
+    tensors = {
+        f"optimizer.{i}.{key}": torch.as_tensor(value) for i, values in state.items() for key, value in values.items()
     }
+    return gathered(tensors, space)
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:

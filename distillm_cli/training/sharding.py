@@ -7,11 +7,13 @@ to do at the same time. So all processes make the same number of passes: one wit
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from distillm_cli.training.distributed import world
+from distillm_cli.utils.host_space import HostSpace
 
 
 class Sharding(Protocol):
@@ -21,10 +23,10 @@ class Sharding(Protocol):
     def is_on(self) -> bool:
         """Return whether each process has a part of the student's weights only."""
 
-    def whole(self, *, for_saving: bool = False) -> AbstractContextManager[None]:
+    def whole(self, *, to_save: HostSpace | None = None) -> AbstractContextManager[None]:
         """Give the student all weights inside the block, which all processes enter. The weights must not be changed.
 
-        for_saving: on the CPU, in the first process alone.
+        to_save: the space for them on the CPU, in the first process alone.
         """
 
     def passes(self) -> AbstractContextManager[None]:
@@ -39,7 +41,7 @@ class _NotSharded:
 
     is_on = False
 
-    def whole(self, *, for_saving: bool = False) -> AbstractContextManager[None]:
+    def whole(self, *, to_save: HostSpace | None = None) -> AbstractContextManager[None]:
         return nullcontext()
 
     def passes(self) -> AbstractContextManager[None]:
@@ -58,12 +60,16 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()
 
 
-def gathered(tensor: Tensor) -> Tensor:
-    """Return the whole of a distributed tensor on the CPU, in the first process alone; others unchanged."""
-    whole = full_tensor(tensor)
-    if whole is tensor:
-        return tensor
-    return whole.cpu() if world().is_first else whole.new_empty(0)
+def gathered(tensors: dict[str, Tensor], space: HostSpace) -> dict[str, Tensor]:
+    """Return tensors with the whole of each distributed one in ``space``, in the first process alone. Others unchanged."""
+    distributed = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "full_tensor")}
+    if distributed:
+        world().broadcast(partial(space.reserve, distributed.values()))
+    found = dict(tensors)
+    for name, tensor in distributed.items():
+        whole = full_tensor(tensor)
+        found[name] = space.copy(whole) if world().is_first else whole.new_empty(0)
+    return found
 
 
 def like(value: Tensor, tensor: Any) -> Tensor:

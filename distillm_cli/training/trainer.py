@@ -32,6 +32,7 @@ from distillm_cli.training.sharding import full_tensor
 from distillm_cli.training.state import RunInfo, TrainerState
 from distillm_cli.training.validation import Validator
 from distillm_cli.types import Batch, collate
+from distillm_cli.utils.host_space import HostSpace
 from distillm_cli.utils.modules import eval_mode
 from distillm_cli.utils.signals import stop_on_signal
 from distillm_cli.utils.text import counted
@@ -413,10 +414,13 @@ class Trainer:
             **({} if self.dist.size == 1 else {"processes": self.dist.size}),
             **self.run.identity(),
         }
-        tensors = optimizer_tensors(self.optimizer) | all_random_states(self.run.device) | pool_tensors
+        place = self.checkpoints.root
+        tensors = (
+            optimizer_tensors(self.optimizer, HostSpace(place)) | all_random_states(self.run.device) | pool_tensors
+        )
         tensors |= self.student_loss.extra_tensors()
         write = partial(self.checkpoints.write, self.state.step, state, tensors, protect=self._protected())
-        with self.student_loss.sharding.whole(for_saving=True):
+        with self.student_loss.sharding.whole(to_save=HostSpace(place)):
             path = self.dist.broadcast(write)
         self.saved_step = self.state.step
         self.emit(Saved(self.state.step, str(path)))

@@ -151,6 +151,17 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def reserve_space(descriptor: int, size: int) -> None:
+    """Give an open file, which will be mapped into memory, its size. Raises OSError if the space is not there.
+
+    A file that is only as large as asked for ends the process (SIGBUS) if the space runs out at a write.
+    """
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(descriptor, 0, size)
+    else:
+        os.ftruncate(descriptor, size)
+
+
 def move_into(directory: Path, files: list[Path]) -> None:
     """Move files into a directory, one by one. A file of the same name is replaced."""
     directory.mkdir(exist_ok=True)

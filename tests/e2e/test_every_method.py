@@ -7,6 +7,7 @@ import pytest
 
 from distillm_cli.cli.app import main
 from distillm_cli.config.methods import METHODS
+from tests.command_line import fields_of
 
 FEW = (
     "data.size=60", "data.valid_limit=8", "eval.report_rows=0", "train.threads=1", "train.eval_steps=2",
@@ -28,9 +29,7 @@ KEYS = {"step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "
 def test_method_runs_and_logs_its_metrics(name, kind, tmp_path, capsys):
     method = ["--method", name, *(["--schedule", kind] if kind != METHODS[name].preset["schedule.kind"] else [])]
     few = FEW + (ADAPTIVE if kind == "adaptive" else ()) + (() if kind == "off" else ("rollout.bulk=1",))
-    if METHODS[name].preset.get("disco.enabled"):  # no responses
-        few = tuple(field for field in few if not field.startswith(("rollout.", "objective.")))
-    words = [word for field in few for word in ("--set", field)]
+    words = [word for field in fields_of(name, few) for word in ("--set", field)]
     run = ["distill", "--recipe", "questions", *method, "--steps", "3", "--output", str(tmp_path / "o"), *words]
     code = main([*run, "--json", "--quiet"])
     out, err = capsys.readouterr()

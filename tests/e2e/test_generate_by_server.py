@@ -212,6 +212,46 @@ def test_teacher_that_is_only_an_api_serves_sequence_level_distillation(cli, mod
     assert result["teacher_sampled_sequences"] == 0, "all samples come from the file"
 
 
+PIPELINE = """
+defaults:
+  data: {{source: {rows}, valid: {rows}, template: plain, max_length: 32}}
+  train: {{steps: 2, threads: 1}}
+  eval: {{report_rows: 0, max_new_tokens: 4, no_repeat_ngram_size: 0, greedy: true}}
+stages:
+  answers: {{verb: generate, server: {url}, model: big-model, n: 2, rollout: {{max_new_tokens: 4}}}}
+  student: {{verb: sft, student: {{path: {student}}}, data: {{source: stage:answers}}}}
+  scores: {{verb: eval, server: {url}, models: [big-model], eval: {{suites: [{rows}]}}}}
+"""
+
+
+def test_stages_of_a_pipeline_use_a_server(cli, model, rows, tmp_path):
+    def write(url):
+        (tmp_path / "api.yaml").write_text(PIPELINE.format(rows=rows, url=url, student=model))
+
+    run = ["run", "api.yaml", "--output", "out", "--json"]
+    write("http://127.0.0.1:9")
+    assert_error(cli(*run, "--set", "stages.scores.eval.no_repeat_ngram_size=3"), "usage.not_on_server")
+    assert_error(cli(*run, "--set", "stages.scores.models=[one, two]"), "recipe.invalid_stage", "2 models")
+    assert_error(cli(*run, "--set", "stages.answers.server=host:1"), "recipe.invalid_value", "server")
+    assert_error(cli(*run, "--set", "stages.student.server=http://127.0.0.1:9"), "recipe.unknown_field", "server")
+    assert not (tmp_path / "out").exists()
+    with serving(model, owner="other") as server:
+        server.name = "big-model"
+        write(server.url)
+        code, result, err = cli(*run)
+        assert code == 0, err
+    assert {stage["status"] for stage in result["stages"].values()} == {"done"}
+    assert len(read("out/answers/samples.jsonl")) == 2 * 5, "without the row that is held out"
+    assert result["stages"]["student"]["result"]["dataset_steps"] == 2
+    write("http://127.0.0.1:9")
+    code, result, err = cli(*run)
+    assert code == 0, err
+    assert {stage["status"] for stage in result["stages"].values()} == {"skipped"}, "another address of the server"
+    code, plan, err = cli("plan", "--recipe", "api.yaml", "--json")
+    assert code == 0, err
+    assert list(plan["stages"]) == ["student"]
+
+
 def test_library_generates_by_a_server(model):
     import distillm_cli as distillm
 

@@ -15,7 +15,7 @@ from distillm_cli.cli.app import main
 from distillm_cli.config.methods import METHODS
 from distillm_cli.training.checkpoint import read_checkpoint, visible
 from tests import tiny
-from tests.command_line import assert_error
+from tests.command_line import assert_error, fields_of
 from tests.processes import PATIENCE, ROOT, Processes, signal_arrives
 
 FEW = (
@@ -133,14 +133,20 @@ VARIANTS = [
     ),
 ]
 CASES = [*PRESETS, *VARIANTS]
+# They differ from another method in the divergence of a token or in the schedule alone, which processes do not share.
+LONG = ("imitkd", "gkd", "akl", "ab", "amid")
 ROLLOUTS = ("schedule.phi=0.6", "schedule.warm_up=none", "schedule.capacity=16")
 
 
-@pytest.mark.parametrize(("method", "fields"), CASES, ids=[f"{i}-{name}" for i, (name, _) in enumerate(CASES)])
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        pytest.param(name, fields, id=f"{i}-{name}", marks=[pytest.mark.long] * (name in LONG))
+        for i, (name, fields) in enumerate(CASES)
+    ],
+)
 def test_run_in_two_processes_is_the_same_run(method, fields, pair, tmp_path, capsys, monkeypatch):
-    few = FEW
-    if METHODS[method].preset.get("disco.enabled"):  # no responses
-        few = tuple(field for field in FEW if not field.startswith(("rollout.", "eval.")))
+    few = fields_of(method, FEW)
     alone = run_alone(distill("one", *fields, method=method, few=few), tmp_path, capsys, monkeypatch)
     if "teacher.cache=disk" in fields:
         shutil.rmtree(tmp_path / "cache")

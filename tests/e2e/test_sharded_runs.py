@@ -16,6 +16,7 @@ from distillm_cli.training.checkpoint import read_checkpoint, visible
 from tests import tiny
 from tests.command_line import assert_error
 from tests.processes import ROOT, Processes, signal_arrives
+from tests.protocol_server import serving
 
 FEW = (
     "data.size=40", "data.valid_limit=6", "eval.report_rows=0", "train.threads=1", "train.eval_steps=2",
@@ -186,6 +187,33 @@ def test_resume_with_shards_gives_the_same_bits(pair, tmp_path):
     assert_same_weights(tmp_path / "whole", tmp_path / "parts", 0)
 
 
+def test_checkpoint_that_does_not_fit_in_memory(pair, tmp_path, capsys, monkeypatch):
+    """Check that one that is gathered on disk is the same, leaves nothing else there, and continues in one process."""
+    whole = distill("whole", *SAVED, FULL)
+    together(pair, whole, tmp_path)
+    short = [*whole, "--output", "short"]
+    outcomes = pair.run(
+        short, directory=tmp_path, faults={0: ["memory_is_short"], 1: ["signal_arrives", 2, signal.SIGTERM]}
+    )
+    assert [o.code for o in outcomes] == [143, 143], outcomes[0].err
+    saved = visible(tmp_path / "short/checkpoints")
+    assert saved
+    assert list((tmp_path / "short/checkpoints").iterdir()) == saved
+    for path in saved:
+        for name in ("model.safetensors", "training.safetensors"):
+            one, two = (load_file(place / path.name / name) for place in (tmp_path / "whole/checkpoints", path.parent))
+            assert one.keys() == two.keys()
+            assert all(torch.equal(one[key], two[key]) for key in one)
+    alone([*short, "--set", NONE, "--resume"], tmp_path, capsys, monkeypatch)
+    assert_same_run(tmp_path / "whole", tmp_path / "short")
+
+
+def test_full_disk_while_a_checkpoint_is_gathered(pair, tmp_path):
+    outcomes = pair.run(distill("run", *SAVED, FULL), directory=tmp_path, faults={0: ["memory_and_disk_are_short"]})
+    assert_error((outcomes[0].code, json.loads(outcomes[0].out), outcomes[0].err), "storage.failed", "No space left")
+    assert outcomes[1] == (outcomes[0].code, "", "")
+
+
 def test_loss_that_is_nan_in_one_process_stops_all(pair, tmp_path):
     outcomes = pair.run(distill("run", *SAVED, FULL), directory=tmp_path, faults={1: ["loss_is_nan", 2]})
     assert_error((outcomes[0].code, json.loads(outcomes[0].out), outcomes[0].err), "numbers.not_finite", "at step 2")
@@ -218,6 +246,28 @@ sys.exit(main(sys.argv[1:]))
 def test_extras_are_refused(method, fields, pair, tmp_path):
     first, _ = pair.run(distill("run", FULL, *fields, method=method), directory=tmp_path)
     assert_error((first.code, json.loads(first.out), first.err), "usage.cannot_shard", "needs all weights")
+
+
+def test_servers_of_two_processes(pair, tmp_path, capsys, monkeypatch):
+    """Check a run with both servers, whose first process alone asks for rollouts, with and without shards."""
+    rows = [{"prompt": word, "output": word[::-1] + word} for word in ("abc", "bcd", "cde", "def", "efg", "fgh")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teacher = tiny.save(tmp_path / "teacher", hidden_size=48, seed=1)
+    student = tiny.save(tmp_path / "student", seed=2)
+    few = (*FEW[1:], f"student.path={student}", "data.valid=rows.jsonl", "data.template=plain", "data.max_length=32")
+    fields = ("rollout.temperature=0", "rollout.bulk=2", "schedule.kind=mixed", "student.dtype=fp32")
+    run = ["distill", "--teacher", teacher, "--data", "rows.jsonl", "--steps", 3, "--json"]
+    run += [word for field in (*few, *fields) for word in ("--set", field)]
+    with serving(student) as rollouts, serving(teacher, pools=True) as states:
+        run += ["--rollout-server", rollouts.url, "--teacher-server", states.url]
+        one = alone([*run, "--output", "one"], tmp_path, capsys, monkeypatch)
+        asked = rollouts.log["/v1/completions"]
+        for shard in (NONE, FULL):
+            rollouts.log.clear()
+            two = together(pair, [*run, "--set", shard, "--output", shard], tmp_path)
+            assert rollouts.log["/v1/completions"] == asked
+            assert two["sampled_tokens"] == one["sampled_tokens"] > 0
+            assert_same_run(tmp_path / "one", tmp_path / shard)
 
 
 @pytest.mark.long

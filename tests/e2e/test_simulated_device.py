@@ -11,6 +11,7 @@ import pytest
 
 from distillm_cli.config.methods import METHODS
 from tests import simulated_device
+from tests.command_line import fields_of
 
 pytestmark = pytest.mark.skipif(
     not simulated_device.supported, reason="this torch does not support backends written in Python"
@@ -101,10 +102,8 @@ def assert_same_steps(expected, actual):
 def test_method_matches_cpu(name, run_on, tmp_path):
     kind = METHODS[name].preset["schedule.kind"]
     more = {"adaptive": ADAPTIVE, "off": ()}.get(kind, ("rollout.bulk=2",))
-    fields = (*DISTILL, *more)
-    if name == "disco":  # no responses
-        fields = tuple(field for field in fields if not field.startswith(("rollout.", "objective.")))
-    argv = ["distill", "--recipe", "questions", "--method", name, "--steps", "3", *set_options(*fields)]
+    fields = set_options(*fields_of(name, (*DISTILL, *more)))
+    argv = ["distill", "--recipe", "questions", "--method", name, "--steps", "3", *fields]
     results = [run_on(device, *argv, "--output", device) for device in DEVICES]
     assert_same_steps(*(steps_of(tmp_path / device) for device in DEVICES))
     for key in ("sampled_tokens", "teacher_sampled_tokens", "rollout_steps", "replay_steps"):

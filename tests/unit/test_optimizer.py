@@ -1,6 +1,7 @@
 """Test the learning rate schedule and weight decay groups."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from distillm_cli.training.optimizer import (
     load_optimizer_tensors,
     optimizer_tensors,
 )
+from distillm_cli.utils.host_space import HostSpace
 from distillm_cli.utils.optimizers import check_optimizer
 from tests.codes import raises_code
 
@@ -72,7 +74,7 @@ def test_restored_optimizer_takes_the_same_steps(name):
     first = new_module()
     optimizer = build_optimizer(first, config)
     train(first, optimizer, range(3))
-    tensors = load(save(optimizer_tensors(optimizer)))  # as in a checkpoint
+    tensors = load(save(optimizer_tensors(optimizer, HostSpace(Path()))))  # as in a checkpoint
     second = new_module()
     second.load_state_dict(first.state_dict())
     restored = build_optimizer(second, config)
@@ -88,7 +90,11 @@ def test_adafactor_stores_a_row_and_a_column():
     optimizer = build_optimizer(module, TrainConfig(lr=1e-3, optimizer="adafactor"))
     module(torch.randn(4, 7)).sum().backward()
     optimizer.step()
-    shapes = {name: tuple(tensor.shape) for name, tensor in optimizer_tensors(optimizer).items() if tensor.ndim}
+    shapes = {
+        name: tuple(tensor.shape)
+        for name, tensor in optimizer_tensors(optimizer, HostSpace(Path())).items()
+        if tensor.ndim
+    }
     assert shapes == {
         "optimizer.0.exp_avg_sq_row": (5,),
         "optimizer.0.exp_avg_sq_col": (7,),

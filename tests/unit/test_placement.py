@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from distillm_cli.runs import costs
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.teachers.teacher_cache import teacher_digest
 from distillm_cli.training.optimizer import build_optimizer, optimizer_tensors
+from distillm_cli.utils.host_space import HostSpace
 from tests import tiny
 from tests.codes import raises_code
 
@@ -157,5 +159,5 @@ def test_plan_counts_memory_by_its_place():
     optimizer = build_optimizer(model, TrainConfig(lr=1e-3, optimizer="adafactor"))
     model(input_ids=torch.tensor([[1, 2]])).logits.sum().backward()
     optimizer.step()
-    state = sum(tensor.numel() for tensor in optimizer_tensors(optimizer).values() if tensor.ndim)
+    state = sum(tensor.numel() for tensor in optimizer_tensors(optimizer, HostSpace(Path())).values() if tensor.ndim)
     assert memory(train={"optimizer": "adafactor"})[0]["optimizer"] == 4 * state
