@@ -196,7 +196,8 @@ class _Pilot:
         options = TrainOptions(resume=(self.output / output_dir.SFT).is_dir())
         checkpoints = StageCheckpoints(None, {})
         if options.resume:
-            checkpoints = read_checkpoints(self.base, stages, self.output, options)
+            recipes = {stage.name: recipe for stage, recipe in stages.items()}
+            checkpoints = read_checkpoints(self.base, recipes, self.output, options)
         self._save()
         run = run_prior_stages(run, stages, self.base, self.output, checkpoints, None, self.listener)
         initial = {name: weight.to("cpu", copy=True) for name, weight in run.student.state().items()}

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _MAX_LINES = 200_000  # of metrics.jsonl that are read
 _MAX_SAMPLES = 6
 _MAX_TEXT = 1500  # characters of a prompt or a response
+_BLANK_LINES = re.compile(r"\n(?:[ \t]*\n){2,}")
 _MAX_ROWS = 500  # groups in the table of a page
 _MAX_CURVES = 12  # runs whose validation losses are drawn
 _MAX_SETTINGS, _MAX_METRICS = 4, 4  # settings and metrics that are plotted
@@ -241,7 +242,8 @@ def _visible(text: str) -> str:
 
 
 def _cropped(text: object) -> str:
-    text = printable(str(text))
+    """Return text for the page: cut where it is long, blank lines counted (an untrained student may write nothing else)."""
+    text = _BLANK_LINES.sub(lambda lines: f" ⏎ × {lines[0].count(chr(10))} ", printable(str(text)))
     return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"
 
 
