@@ -171,6 +171,11 @@ def memory_and_disk_are_short():
     return memory_is_short(disk_is_full=True)
 
 
+def accelerate_uses_fsdp():
+    """Set what accelerate launch sets if it is configured for FSDP."""
+    return patch.dict(os.environ, {"ACCELERATE_USE_FSDP": "true"})
+
+
 def version_is(version: str):
     """Let this process have another version."""
     import distillm_cli
@@ -210,7 +215,7 @@ def is_elsewhere():
 
 FAULTS = (
     memory_runs_out, loss_is_nan, logits_are_nan, signal_arrives, disk_is_full, memory_is_short, memory_and_disk_are_short,
-    version_is, has_gpus, sees_another_disk, is_on_machine, is_elsewhere,
+    accelerate_uses_fsdp, version_is, has_gpus, sees_another_disk, is_on_machine, is_elsewhere,
 )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ class HostSpace:
         self._file = None
         self._used = 0
         free = available_memory()
-        if free is None or size + _SPARE_BYTES <= free:
+        if not size or free is None or size + _SPARE_BYTES <= free:
             return
         what = f"cannot gather {size:,} bytes of the student and its optimizer in {self.directory}"
         with storing(what, "free disk space or memory"):

@@ -277,10 +277,9 @@ def test_run_in_bf16(pair, tmp_path):
     assert_same_run(tmp_path / NONE, tmp_path / FULL, tolerance=1e-2, weights=2e-2)
 
 
-def test_accelerate_that_is_configured_for_fsdp(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with Processes(2) as pair:
-        first, _ = pair.run(distill("run", method="kd", steps=1), directory=tmp_path)
+def test_accelerate_that_is_configured_for_fsdp(pair, tmp_path):
+    configured = {rank: ["accelerate_uses_fsdp"] for rank in range(2)}
+    first, _ = pair.run(distill("run", method="kd", steps=1), directory=tmp_path, faults=configured)
     assert first.code == 0
     assert "the student is distributed over 2 processes" in first.err
 

@@ -1,6 +1,7 @@
 """Test methods that train on teacher samples, pairs and interleaved drafts: caching by row and exact resumption."""
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -74,8 +75,18 @@ def build(method, tmp_path=None, backbone=None, **settings):
     return engine
 
 
-def check_resumed(method, tmp_path, uninterrupted):
+@cache
+def trained(method):
+    """Return the trainer of an uninterrupted run, which several tests compare with."""
+    torch.manual_seed(5)
+    uninterrupted = build(method)
+    uninterrupted.train()
+    return uninterrupted
+
+
+def check_resumed(method, tmp_path):
     """Check that the run resumed from its newest checkpoint ends exactly like the uninterrupted one."""
+    uninterrupted = trained(method)
     found = Checkpoints(tmp_path, lambda path: None, keep=1).latest()
     backbone = runs.student()
     loaded = type(backbone.model).from_pretrained(found.path, dtype=torch.float32)
@@ -95,23 +106,15 @@ def check_resumed(method, tmp_path, uninterrupted):
 @pytest.mark.parametrize("method", METHODS)
 def test_resume_is_bit_exact_for_every_method(tmp_path, method, stop):
     torch.manual_seed(5)
-    uninterrupted = build(method)
-    uninterrupted.train()
-
-    torch.manual_seed(5)
     with pytest.raises(Interrupted):
         build(method, tmp_path, listener=runs._kill_at(stop)).train()
-    check_resumed(method, tmp_path, uninterrupted)
+    check_resumed(method, tmp_path)
 
 
 @pytest.mark.parametrize("completed", [6, 8])
 @pytest.mark.parametrize("method", METHODS)
 def test_out_of_memory_step_is_not_drawn_or_counted_twice(tmp_path, method, completed):
     """Check also the step after the sixth, which begins an epoch and samples new responses."""
-    torch.manual_seed(5)
-    uninterrupted = build(method)
-    uninterrupted.train()
-
     torch.manual_seed(5)
     engine = build(method, tmp_path, eval_steps=1000)
     memory = LimitedBatch(engine.student_loss, 4)
@@ -123,7 +126,7 @@ def test_out_of_memory_step_is_not_drawn_or_counted_twice(tmp_path, method, comp
     engine.emit = shrink
     with raises_code("memory.exhausted", f"step {completed + 1} "):
         engine.train()
-    check_resumed(method, tmp_path, uninterrupted)
+    check_resumed(method, tmp_path)
 
 
 def test_steps_and_sampled_sequences_are_counted():
