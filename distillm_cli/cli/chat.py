@@ -59,7 +59,7 @@ SystemMessage = Annotated[
         "cat questions.txt | distillm chat runs/small",
     ),
 )
-def chat(
+def talk(
     model: ChatModel,
     fields: FieldFlags,
     teacher: TeacherBeside = None,
