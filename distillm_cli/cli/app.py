@@ -19,7 +19,7 @@ from typer.main import get_command
 
 from distillm_cli import plugins
 from distillm_cli.cli import options
-from distillm_cli.cli.chat import chat
+from distillm_cli.cli.chat import talk
 from distillm_cli.cli.eval import eval_checkpoints
 from distillm_cli.cli.generate import generate
 from distillm_cli.cli.info import env, explain_field
@@ -79,7 +79,7 @@ for _command in (
     pilot,
     show_report,
     watch,
-    chat,
+    talk,
     serve,
     schema,
     explain_field,

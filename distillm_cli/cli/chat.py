@@ -14,7 +14,7 @@ from distillm_cli.cli.options import FieldFlags, command
 from distillm_cli.cli.streams import print_error, write_stdout
 from distillm_cli.cli.usage import check_sampling_inputs
 from distillm_cli.config.shortcuts import MODELS_PANEL
-from distillm_cli.errors import DataError, UsageError
+from distillm_cli.errors import CtrlC, DataError, UsageError
 
 if TYPE_CHECKING:
     from distillm_cli.runs.chat_session import ChatSession
@@ -59,7 +59,7 @@ SystemMessage = Annotated[
         "cat questions.txt | distillm chat runs/small",
     ),
 )
-def chat(
+def talk(
     model: ChatModel,
     fields: FieldFlags,
     teacher: TeacherBeside = None,
@@ -87,10 +87,10 @@ def chat(
     for line in _messages():
         try:
             if line.startswith("/"):
-                said = run_command(session, line)
-                if said is None:
+                reply = run_command(session, line)
+                if reply is None:
                     return
-                print(said, file=sys.stderr)
+                print(reply, file=sys.stderr)
             else:
                 _answer(session, line.strip())
         except (DataError, UsageError) as error:  # of this message; the conversation continues
@@ -113,7 +113,7 @@ def _messages() -> Iterator[str]:
     while True:
         try:
             text = input("> ")
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, CtrlC):
             print()
             return
         if text.strip():
@@ -135,7 +135,7 @@ def _answer(session: ChatSession, text: str) -> None:
         sys.stdout.flush()
         return
     # A live display is as high as the terminal at most, so the complete answers are printed after it.
-    with suppress(KeyboardInterrupt), Live(console=terminal, transient=True) as live:
+    with suppress(CtrlC), Live(console=terminal, transient=True) as live:
         for answers in session.answer(text):
             live.update(answers_side_by_side(answers))
     terminal.print(answers_side_by_side(answers), highlight=False)

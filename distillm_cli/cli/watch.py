@@ -11,6 +11,7 @@ import typer
 
 from distillm_cli.cli import options
 from distillm_cli.cli.options import command
+from distillm_cli.errors import CtrlC
 
 _PERIOD = 1.0  # seconds between two looks at the directory
 
@@ -60,7 +61,7 @@ def watch(
     terminal = Terminal(file=sys.stdout)
     picture = RunPicture()
     if view.is_alive and terminal.is_interactive and not (once or json):
-        with suppress(KeyboardInterrupt), Live(console=terminal, auto_refresh=False) as live:
+        with suppress(CtrlC), Live(console=terminal, auto_refresh=False) as live:
             while view.is_alive:
                 live.update(picture.draw(view, width=terminal.width, now=time.time()), refresh=True)
                 time.sleep(_PERIOD)

@@ -141,7 +141,7 @@ class RunWatcher:
         result = _current_result(self.directory)
         if result is not None and not alive:
             place = self.directory
-        if result is None and place.parent == self.directory:
+        if result is None and place != self.directory and self._stages_are_done():
             result = _current_result(place)
         self._log.read(place / output_dir.METRICS)
         if alive is None:  # no locks on this file system
@@ -172,6 +172,11 @@ class RunWatcher:
         """Return the logs of stages: of those before a distillation, and of a pipeline."""
         logs = self.directory.glob(f"*/{output_dir.METRICS}")
         return [log for log in logs if log.parent.name in output_dir.STAGES or (log.parent / RECORD).is_file()]
+
+    def _stages_are_done(self) -> bool:
+        """Return whether no stage of a pipeline was left unfinished."""
+        records = [_json_object(path) for path in self.directory.glob(f"*/{RECORD}")]
+        return all(record.get("status") == "done" for record in records)
 
     def _newest_place(self) -> Path:
         """Return the directory whose log changed last: of the run, of a stage before it, or of a pipeline's stage."""
@@ -322,10 +327,15 @@ def _current_result(place: Path) -> Mapping[str, Any] | None:
     written = _changed(path)
     if written is None or written < (_changed(place / output_dir.RECIPE) or 0.0):
         return None
+    return _json_object(path) or None
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; empty if it cannot be read."""
     with suppress(OSError, ValueError):
         found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else None
-    return None
+        return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _checkpoints(place: Path) -> list[SavedStep]:
@@ -341,7 +351,5 @@ def _checkpoints(place: Path) -> list[SavedStep]:
 def _newest_progress(place: Path) -> Mapping[str, Any]:
     """Return the progress in the newest checkpoint; empty without one."""
     saved = _checkpoints(place)
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        if saved:
-            return json.loads((saved[-1].path / "state.json").read_text(encoding="utf-8"))["progress"]
-    return {}
+    progress = _json_object(saved[-1].path / "state.json").get("progress") if saved else None
+    return progress if isinstance(progress, dict) else {}

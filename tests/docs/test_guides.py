@@ -98,3 +98,9 @@ def test_settings_of_trainings_resolve(tmp_path, capsys, monkeypatch):
         out, err = capsys.readouterr()
         assert code == 0, f"{page}: distillm {' '.join(argv)}: {err}"
         assert json.loads(out)["status"] == "ok"
+
+
+def test_picture_of_the_readme_needs_no_network():
+    picture = (ROOT / "docs" / "images" / "run.svg").read_text(encoding="utf-8")
+    assert "student&#160;after" in picture
+    assert re.findall(r"(?:url\(|href=)[\"']?https?:[^\"')]*", picture) == []

@@ -96,11 +96,11 @@ def test_chat_template_reads_the_conversation(chat_model):
 def test_stopped_answer_stays_in_the_conversation(chat_model):
     found = session(chat_model, max_new_tokens=50, seed=3)
     answers = found.answer("one?")
-    for said in answers:
-        if said["model"]:
+    for so_far in answers:
+        if so_far["model"]:
             break
     answers.close()  # as Ctrl-C does
-    assert found.participants[0].messages[1] == {"role": "assistant", "content": said["model"]}
+    assert found.participants[0].messages[1] == {"role": "assistant", "content": so_far["model"]}
 
 
 def test_commands_change_the_settings(chat_model):

@@ -164,6 +164,18 @@ def test_stage_before_the_run_is_shown(killed, capsys):
     assert "stage sft · step 6 of 6" in picture(capsys, killed)
 
 
+@pytest.mark.parametrize(("status", "state"), [("done", "finished"), ("started", "ended without a result")])
+def test_pipeline_shows_its_newest_stage(status, state, run, tmp_path, capsys):
+    stage = tmp_path / "pipeline" / "distill"
+    shutil.copytree(run, stage)
+    (stage / "stage.json").write_text(json.dumps({"status": "done"}))
+    (stage.parent / "eval").mkdir()
+    (stage.parent / "eval" / "stage.json").write_text(json.dumps({"status": status}))
+    text = picture(capsys, stage.parent)
+    assert f"{state} · stage distill · step 6 of 6" in text
+    assert ("Run the command of the pipeline again" in text) == (status == "started")
+
+
 def test_broken_recipe_leaves_the_figures(run):
     (run / "recipe.yaml").write_text("train: [")
     view = RunWatcher(run).look()
