@@ -48,6 +48,7 @@ from distillm_cli.runs.run_results import PilotResult
 from distillm_cli.runs.stages import StageCheckpoints, read_checkpoints, run_prior_stages, stages_of, start_trainer
 from distillm_cli.runs.start import TrainOptions
 from distillm_cli.runs.train import FineTuning
+from distillm_cli.runs.weight_mean import WeightMean, snapshot_steps
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Event, Listener, Note, Progress, Stepped, Warned
@@ -59,12 +60,14 @@ SCORED_ROWS = 500  # held-out rows on which arms are compared
 _FEWEST_SCORED = 100
 _SCORING_SHARE = 0.15  # of an arm's seconds, at most, for one scoring with more than the fewest rows
 _RESERVE = 0.05  # share of the budget that is not planned
+_MARGIN = 0.02  # share of the budget for the conclusion
 _CALIBRATED_STEPS = 8
 _CALIBRATED_ROWS = 64
 _SLICE_SECONDS = 2.0  # of training between two looks at the clock
 _SAVE_SECONDS = 60.0  # between two checkpoints within a trial
 _CONTINUE = "run the same command again to continue"
 _MOST_SEARCHED = 6  # turns of the search for a learning rate
+_NEAR = 0.1  # largest relative difference of seconds that count as equal
 _SEARCH_SHARE = 0.5  # of the budget that must be left for another turn
 
 
@@ -169,7 +172,8 @@ class _Pilot:
 
     @property
     def remaining(self) -> float:
-        return self.budget - self.seconds()
+        """Return the seconds that are left for trials."""
+        return self.budget * (1 - _MARGIN) - self.seconds()
 
     def _save(self) -> None:
         self.record.seconds = self.seconds()
@@ -318,6 +322,24 @@ class _Pilot:
         finished += self._halve("variations", variations, self.plan.last_round_seconds)
         (best,) = self._decide("best", lambda: self._ranked(finished, len(RUNGS) - 1)[:1])
         self._advance(replace(best, share=0.5), len(RUNGS) - 1)
+        for arm in self._decide("equal seconds", partial(self._equal_seconds, finished)):
+            self._advance(arm, len(RUNGS) - 1)
+
+    def _equal_seconds(self, finished: list[Arm]) -> list[Arm]:
+        """Return the best arm on rows with as many steps as take the seconds of the best one with student outputs.
+
+        None if its own seconds are near them.
+        """
+        last = len(RUNGS) - 1
+        ranked = self._ranked(finished, last)
+        pair = [next((arm for arm in ranked if arm.family == family), None) for family in ("outputs", "rows")]
+        if pair[0] is None or pair[1] is None:
+            return []
+        outputs, rows = (self.record.trial(arm, last) for arm in pair if arm is not None)
+        assert outputs is not None
+        assert rows is not None
+        share = round(outputs.train_s / rows.train_s, 2)
+        return [] if abs(share - 1) <= _NEAR else [replace(pair[1], share=share)]
 
     def _measure_outputs(self, best: Arm) -> None:
         """Measure a step on student outputs again, with the weights of the best arm so far, which end their answers.
@@ -414,8 +436,10 @@ class _Pilot:
             self._note(f"not trained to the end, for lack of time: {arm.settings}, lr {arm.lr:g}")
             return False
         started = time.perf_counter()
-        state = self._train(arm, self.plan.rung_steps(arm, rung)).state
-        scores = self.scorer.score(self.run_of_pair.student)
+        trainer, mean = self._train(arm, rung)
+        state = trainer.state
+        with mean.used_by(self.run_of_pair.student):
+            scores = self.scorer.score(self.run_of_pair.student)
         self.taken += time.perf_counter() - started
         self.expected += expected
         of_outputs = state.steps_with(Source.ROLLOUT) + state.steps_with(Source.REPLAY)
@@ -428,8 +452,8 @@ class _Pilot:
         self.listener(Progress("pilot", int(self.seconds()), int(max(self.budget, self.seconds() + 1)), "s"))
         return True
 
-    def _train(self, arm: Arm, until: int) -> Trainer:
-        """Train an arm to this step, from its checkpoint if there is one, and save it."""
+    def _train(self, arm: Arm, rung: int) -> tuple[Trainer, WeightMean]:
+        """Train an arm to a rung, from its checkpoint if there is one, and save it. Return also the mean of its weights."""
         run = replace(self.run_of_pair, recipe=self._recipe(arm, self.plan.steps(arm)))
         place = self.output / ARMS / arm.name
         place.mkdir(parents=True, exist_ok=True)
@@ -438,22 +462,38 @@ class _Pilot:
             self._reset_student()
         else:
             restore_student(run.student, checkpoint)
-        build: Callable[[Listener], Trainer] = lambda log: build_trainer(run, place, log, teacher=self.teacher)  # noqa: E731
+
+        def build(log: Listener) -> Trainer:
+            return build_trainer(run, place, log, teacher=self.teacher)
+
         trainer = start_trainer(build, place, run.recipe.train, checkpoint, self._listen)
+        until = self.plan.rung_steps(arm, rung)
+        mean = WeightMean.load(place, trainer.state.step)
+        snapshots = [] if until == run.steps else snapshot_steps(until)
         try:
-            self._train_in_slices(trainer, arm, until)
+            self._train_in_slices(trainer, until, snapshots, mean, place)
+        except Interrupted:
+            mean.save(place, trainer.state.step)
+            raise
         finally:
             trainer.student_loss.release()
-        return trainer
+        return trainer, mean
 
-    def _train_in_slices(self, trainer: Trainer, arm: Arm, until: int) -> None:
-        each = max(1, round(_SLICE_SECONDS / self.plan.costs.step(arm)))
+    def _train_in_slices(
+        self, trainer: Trainer, until: int, snapshots: SequenceOf[int], mean: WeightMean, place: Path
+    ) -> None:
+        """Train to a step, with a look at the clock after every slice, and add the weights after these steps to a mean."""
         saved = time.perf_counter()
-        while trainer.state.step < until:
-            trainer.train(until=min(until, trainer.state.step + each))
+        while (step := trainer.state.step) < until:
+            stops = [stop for stop in (*snapshots, until) if stop > step]
+            each = max(1, round(_SLICE_SECONDS / self.plan.costs.rows))
+            trainer.train(until=min(stops[0], step + each))
+            if trainer.state.step in snapshots:
+                mean.add(self.run_of_pair.student.state())
             if trainer.state.step < until and self.remaining < 0:
                 raise _OutOfTime
-            if time.perf_counter() - saved > _SAVE_SECONDS:
+            if trainer.state.step < until and time.perf_counter() - saved > _SAVE_SECONDS:
+                mean.save(place, trainer.state.step)
                 trainer.save()
                 saved = time.perf_counter()
         trainer.save()

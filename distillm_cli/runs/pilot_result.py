@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from distillm_cli.config.pilot_grid import SFT_ARM, Arm
@@ -168,7 +168,9 @@ def _on_outputs(judge: _Judge, full_steps: int, steps_per_epoch: int) -> str | N
     rows = judge.best(arm for arm in judge.arms if arm.family == "rows" and arm.share == 1)
     if outputs is None or rows is None:
         return None
-    difference, clause = judge.versus(outputs, rows)
+    equal = judge.record.decisions.get("equal seconds", [])
+    with_equal_seconds = [arm for fields in equal if (arm := Arm(**fields)) in judge.arms]
+    difference, clause = judge.versus(outputs, with_equal_seconds[0] if with_equal_seconds else rows)
     if not difference.is_clear:
         verdict = "It is not clear that student outputs pay for themselves here"
     elif difference.mean > 0:
@@ -206,8 +208,8 @@ def _on_rate(judge: _Judge, best: Arm) -> str | None:
 
 def _on_steps(judge: _Judge, best: Arm, full_steps: int) -> tuple[int, str | None]:
     """Return the steps that are worth it, and a sentence. Without a trial of half of the steps, they are the recipe's."""
-    short = next((arm for arm in judge.arms if arm.share != 1), None)
-    if short is None:
+    short = replace(best, share=0.5)
+    if short not in judge.arms:
         return full_steps, None
     steps = [judge.plan.steps(arm) for arm in (short, best)]
     difference = judge.compare(best, short, _LAST)
