@@ -49,11 +49,11 @@ class Arm:
 
     @property
     def settings(self) -> str:
-        """Return the settings other than the learning rate, for tables and messages."""
+        """Return the settings other than the learning rate, for tables: "kl, auto, T 2", with "× 0.5" for half the steps."""
         if self.divergence == SFT_ARM:
             return SFT_ARM
         soft = "" if self.temperature == 1 else f", T {self.temperature:g}"
-        short = "" if self.share == 1 else f", {self.share:g} × the steps"
+        short = "" if self.share == 1 else f", × {self.share:g}"
         return f"{self.divergence}, {self.schedule}{soft}{short}"
 
     @property
