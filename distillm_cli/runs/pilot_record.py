@@ -108,6 +108,8 @@ def read_pilot(output: Path, settings: Mapping[str, Any]) -> PilotRecord:
         then = dict(record.settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError("checkpoint.damaged", f"{path} cannot be read ({error})", hint=hint) from error
+    if record.plan is None and then != settings:
+        return PilotRecord(dict(settings))  # it ended before anything was tried
     changed = [key for key in sorted(then.keys() | settings.keys()) if then.get(key) != settings.get(key)]
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""

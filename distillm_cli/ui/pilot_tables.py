@@ -44,12 +44,4 @@ def _line(arm: PilotArm) -> list[object]:
         mean, low, high = arm.difference
         style = GOOD if low > 0 else BAD if high < 0 else "dim"
         gain = Text(f"{signed(mean, 2)} [{signed(low, 2)}, {signed(high, 2)}]", style)
-    return [
-        name,
-        f"{arm.lr:g}",
-        steps,
-        format_duration(arm.train_s),
-        f"{arm.output_share:.0%}",
-        f"{arm.figure:.2f}",
-        gain,
-    ]
+    return [name, f"{arm.lr:g}", steps, format_duration(arm.train_s), f"{arm.figure:.2f}", gain]
