@@ -141,8 +141,7 @@ class _Pilot:
         """Prepare, measure, plan, and run the rounds."""
         self.used_before = self.record.seconds
         self._prepare()
-        plan = self.record.planned() or self._plan()
-        self.plan = plan
+        self.plan = self.record.planned() or self._plan()
         self._say_plan()
         try:
             self._rounds()
@@ -150,7 +149,7 @@ class _Pilot:
             self._note("the budget ended before the last trials")
         result = conclude(
             self.record,
-            plan,
+            self.plan,
             self.scorer.metric,
             self.output,
             self.full_steps,
@@ -187,9 +186,10 @@ class _Pilot:
 
     def _prepare(self) -> None:
         """Load rows and models, train the stage before the run, and open the teacher with a cache for all trials."""
-        resolved = fitted(self.resolved)
-        run = prepare(resolved.recipe, self.listener)
-        self.base = with_resolved_values(resolved, run.resolved_values)
+        # With student outputs, so that rows need responses and the whole teacher is loaded.
+        widest = arm_recipe(self.resolved, Arm(self.grid.divergence[0], self.grid.lr[0], schedule="auto"))
+        run = prepare(fitted(widest).recipe, self.listener)
+        self.base = with_resolved_values(fitted(self.resolved), run.resolved_values)
         self.full_steps = run.steps
         inputs = dict(run.inputs)
         check_unchanged(self.record.inputs, inputs, self.output)
@@ -197,7 +197,7 @@ class _Pilot:
         if run.device.type == "cpu":
             keep_freed_memory()
         stages = stages_of(self.base, [FineTuning()])
-        options = TrainOptions(resume=(self.output / output_dir.SFT).is_dir())
+        options = TrainOptions(resume=output_dir.may_resume(self.output))
         checkpoints = StageCheckpoints(None, {})
         if options.resume:
             checkpoints = read_checkpoints(self.base, stages, self.output, options)

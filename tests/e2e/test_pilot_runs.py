@@ -181,7 +181,10 @@ def test_bad_values_are_refused_before_anything_is_loaded(pilot, tmp_path):
 
 def test_a_budget_of_a_second_is_refused(pair, tmp_path):
     one = {name: values[:1] for name, values in GRID.items()}
+    fields = pair | {"student": {"path": pair["student"], "sft_epochs": 1}}
     with raises_code("usage.budget_too_small", "minutes"):
         distillm.pilot(minutes=1 / 60, grid=GRID, output=tmp_path / "out", **pair)
-    result = distillm.pilot(minutes=5, grid=one, output=tmp_path / "out", **pair)  # in the same directory
+    result = distillm.pilot(minutes=5, grid=one, output=tmp_path / "out", **fields)  # in the same directory
+    assert (tmp_path / "out/sft/model.safetensors").is_file()
+    assert load_resolved(tmp_path / "out/recipe.yaml").student.sft_epochs == 1
     assert [arm.name for arm in result.arms if arm.is_best] in (["kl, off"], ["sft"])
