@@ -7,17 +7,12 @@ that an arm trained to the end equals an uninterrupted run of that length.
 from __future__ import annotations
 
 import shutil
-import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from distillm_cli.config.derived import fixed_values
 from distillm_cli.config.load import Resolved, to_yaml, with_resolved_values
@@ -38,9 +33,10 @@ from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
 from distillm_cli.runs.cache_planning import open_teacher
 from distillm_cli.runs.defaults import fitted
-from distillm_cli.runs.pilot_plan import RUNGS, Costs, PilotPlan, kept, make_plan
+from distillm_cli.runs.pilot_costs import CostMeter, reset_student
+from distillm_cli.runs.pilot_plan import RUNGS, PilotPlan, kept, make_plan
 from distillm_cli.runs.pilot_record import ARMS, PilotRecord, Trial, read_pilot, write_pilot
-from distillm_cli.runs.pilot_result import conclude
+from distillm_cli.runs.pilot_result import choose_best, conclude
 from distillm_cli.runs.pilot_scores import HeldOutScorer
 from distillm_cli.runs.prepare import prepare
 from distillm_cli.runs.resume import check_unchanged, find_checkpoint, restore_student
@@ -51,7 +47,7 @@ from distillm_cli.runs.train import FineTuning
 from distillm_cli.runs.weight_mean import WeightMean, snapshot_steps
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.distributed import world
-from distillm_cli.training.events import Event, Listener, Note, Progress, Stepped, Warned
+from distillm_cli.training.events import Event, Listener, Note, Progress, Warned
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.utils.memory import keep_freed_memory
 from distillm_cli.utils.text import counted, format_duration
@@ -61,8 +57,6 @@ _FEWEST_SCORED = 100
 _SCORING_SHARE = 0.15  # of an arm's seconds, at most, for one scoring with more than the fewest rows
 _RESERVE = 0.05  # share of the budget that is not planned
 _MARGIN = 0.02  # share of the budget for the conclusion
-_CALIBRATED_STEPS = 8
-_CALIBRATED_ROWS = 64
 _SLICE_SECONDS = 2.0  # of training between two looks at the clock
 _SAVE_SECONDS = 60.0  # between two checkpoints within a trial
 _CONTINUE = "run the same command again to continue"
@@ -208,6 +202,7 @@ class _Pilot:
         self.teacher = self._shared_teacher()
         limit = SCORED_ROWS if self.record.plan is None else self.record.plan["rows"]
         self.scorer = HeldOutScorer(self.run_of_pair, limit)
+        self.meter = CostMeter(self.run_of_pair, self.teacher, self._recipe, self.output)
 
     def _shared_teacher(self) -> LocalTeacher:
         """Return the teacher with a cache that serves every trial: of rows, held-out rows and replayed rollouts."""
@@ -227,7 +222,7 @@ class _Pilot:
 
     def _plan(self) -> PilotPlan:
         """Measure what steps and scorings cost, and plan the rounds."""
-        costs = self._measure()
+        costs = self.meter.costs(self.grid, self.scorer)
         teacher_steps = self.run_of_pair.order.steps_per_epoch
         make = partial(make_plan, self.grid, full_steps=self.full_steps, teacher_steps=teacher_steps)
         plan = make(costs=costs, available=self._available())
@@ -245,52 +240,6 @@ class _Pilot:
 
     def _available(self) -> float:
         return self.budget * (1 - _RESERVE) - self.seconds()
-
-    def _measure(self) -> Costs:
-        """Measure the seconds of steps of each kind, of a scoring and of a checkpoint, on steps that are thrown away."""
-        divergence, lr = self.grid.divergence[0], self.grid.lr[0]
-        on_rows = Arm(divergence, lr)
-        new_rows, _ = self._step_seconds(on_rows)
-        known_rows, switch = self._step_seconds(on_rows)
-        sft, _ = self._step_seconds(Arm(SFT_ARM, lr))
-        rows = statistics.median(known_rows)
-        fresh = rows
-        if self.grid.schedule != (ROWS_ALONE,):
-            of_outputs, _ = self._step_seconds(Arm(divergence, lr, schedule="on"), whole_bulk=True)
-            fresh = max(rows, statistics.fmean(of_outputs))
-        few = self.scorer.limited(_CALIBRATED_ROWS)
-        started = time.perf_counter()
-        few.score(self.run_of_pair.student)
-        score = (time.perf_counter() - started) * len(self.scorer.rows) / len(few.rows)
-        teacher = max(0.0, statistics.median(new_rows) - rows)
-        return Costs(rows, statistics.median(sft), fresh, teacher, score, switch)
-
-    def _step_seconds(
-        self, arm: Arm, *, whole_bulk: bool = False, weights: Mapping[str, Tensor] | None = None
-    ) -> tuple[list[float], float]:
-        """Return the seconds of an arm's first steps, and those of building its trainer and of saving and loading.
-
-        whole_bulk: as many steps as student outputs are sampled for at once. weights: of the student, if not its initial
-        ones.
-        """
-        run = self.run_of_pair
-        steps = run.recipe.rollout.bulk if whole_bulk else _CALIBRATED_STEPS
-        seconds: list[float] = []
-
-        def listen(event: Event) -> None:
-            if isinstance(event, Stepped):
-                seconds.append(event.seconds)
-
-        started = time.perf_counter()
-        trial = replace(run, recipe=self._recipe(arm, 1000 * steps))
-        with tempfile.TemporaryDirectory(dir=self.output, prefix="measure-") as place:
-            run.student.load_state(run.start_weights() if weights is None else weights)
-            trainer = build_trainer(trial, Path(place), listen, teacher=self.teacher)
-            trainer.train(until=steps)
-            trainer.save()
-            trainer.student_loss.release()
-        self._reset_student()
-        return seconds, max(0.0, 2 * (time.perf_counter() - started - sum(seconds)))
 
     def _say_plan(self) -> None:
         plan = self.plan
@@ -320,7 +269,9 @@ class _Pilot:
         if any(arm.schedule != ROWS_ALONE for arm in variations):
             self._measure_outputs(of_divergences[0])
         finished += self._halve("variations", variations, self.plan.last_round_seconds)
-        (best,) = self._decide("best", lambda: self._ranked(finished, len(RUNGS) - 1)[:1])
+        (best,) = self._decide(
+            "best", lambda: [choose_best(self.record, self.plan, self.scorer.metric, finished, self.full_steps)]
+        )
         self._advance(replace(best, share=0.5), len(RUNGS) - 1)
         for arm in self._decide("equal seconds", partial(self._equal_seconds, finished)):
             self._advance(arm, len(RUNGS) - 1)
@@ -346,16 +297,14 @@ class _Pilot:
 
         The steps of the arms with student outputs depend on it, so that they take the same seconds.
         """
-        assert self.record.plan is not None
         if "fresh" not in self.record.decided_costs:
             run = self.run_of_pair
             checkpoint = find_checkpoint(self.output / ARMS / best.name, self._recipe(best, self.plan.steps(best)))
             assert checkpoint is not None
             restore_student(run.student, checkpoint)
             weights = {name: weight.to("cpu", copy=True) for name, weight in run.student.state().items()}
-            on = replace(best, schedule="on")
-            seconds, _ = self._step_seconds(on, whole_bulk=True, weights=weights)
-            self.record.decided_costs["fresh"] = max(self.plan.costs.rows, statistics.fmean(seconds))
+            fresh = self.meter.fresh(best, weights)
+            self.record.decided_costs["fresh"] = max(self.plan.costs.rows, fresh)
             self._save()
         self.plan = replace(self.plan, costs=replace(self.plan.costs, **self.record.decided_costs))
 
@@ -459,7 +408,7 @@ class _Pilot:
         place.mkdir(parents=True, exist_ok=True)
         checkpoint = find_checkpoint(place, run.recipe, is_required=False)
         if checkpoint is None:
-            self._reset_student()
+            reset_student(run)
         else:
             restore_student(run.student, checkpoint)
 
@@ -497,12 +446,6 @@ class _Pilot:
                 trainer.save()
                 saved = time.perf_counter()
         trainer.save()
-
-    def _reset_student(self) -> None:
-        """Give the student its initial weights, and the random state of the seed."""
-        run = self.run_of_pair
-        run.student.load_state(run.start_weights())
-        torch.manual_seed(run.recipe.train.seed)
 
     def _listen(self, event: Event) -> None:
         """Pass on the warnings of trials, each once."""

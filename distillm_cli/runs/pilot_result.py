@@ -16,6 +16,8 @@ from distillm_cli.runs.pilot_scores import Difference, paired_difference
 from distillm_cli.runs.run_results import PilotArm, PilotResult
 
 _LAST = len(RUNGS) - 1
+_ADAPTIVE = ("auto", "adaptive")
+_SHORT = 0.75  # of the recipe's steps, below which a trial says less about student outputs
 
 
 def conclude(
@@ -39,7 +41,7 @@ def conclude(
     steps, on_steps = _on_steps(judge, best, full_steps)
     answers = [
         _on_objective(judge),
-        _on_outputs(judge, full_steps, steps_per_epoch),
+        _on_outputs(judge, best, full_steps, steps_per_epoch),
         _on_sft(judge),
         on_steps,
         _on_rate(judge, best),
@@ -56,6 +58,28 @@ def conclude(
         answers=tuple(answer for answer in answers if answer),
         notes=tuple(record.notes),
     )
+
+
+def choose_best(record: PilotRecord, plan: PilotPlan, metric: Metric, finished: Iterable[Arm], full_steps: int) -> Arm:
+    """Return the best of the arms that were trained to the end.
+
+    If trials are shorter than the recipe's run, an adaptive schedule that is not clearly worse than rows alone comes first:
+    rows repeat more often in the longer run, and there student outputs gain more.
+    """
+    judge = _Judge(record, plan, metric)
+    finished = list(finished)
+    best = judge.best(finished)
+    assert best is not None
+    adaptive = judge.best(arm for arm in finished if arm.schedule in _ADAPTIVE)
+    if best.family != "rows" or adaptive is None or not is_short(plan, best, full_steps):
+        return best
+    difference = judge.compare(best, adaptive, _LAST)
+    return best if difference.is_clear else adaptive
+
+
+def is_short(plan: PilotPlan, arm: Arm, full_steps: int) -> bool:
+    """Return whether an arm's trial is much shorter than the recipe's run."""
+    return plan.steps(arm) < _SHORT * full_steps
 
 
 def plan_rows(record: PilotRecord) -> int:
@@ -162,7 +186,7 @@ def _on_objective(judge: _Judge) -> str | None:
     return f"Objective: {ranked[0].divergence} is the best{verdict}: {clause}."
 
 
-def _on_outputs(judge: _Judge, full_steps: int, steps_per_epoch: int) -> str | None:
+def _on_outputs(judge: _Judge, best: Arm, full_steps: int, steps_per_epoch: int) -> str | None:
     """Say whether student outputs pay for themselves, in the same seconds."""
     outputs = judge.best(arm for arm in judge.arms if arm.family == "outputs" and arm.share == 1)
     rows = judge.best(arm for arm in judge.arms if arm.family == "rows" and arm.share == 1)
@@ -178,10 +202,14 @@ def _on_outputs(judge: _Judge, full_steps: int, steps_per_epoch: int) -> str | N
     else:
         verdict = "Student outputs do not pay for themselves here"
     sentence = f"{verdict}: {clause}."
-    epochs = judge.plan.steps(rows) / steps_per_epoch
-    if epochs < 0.75 * full_steps / steps_per_epoch:
-        sentence += f" The trials had {epochs:.1f} epochs and the recipe has {full_steps / steps_per_epoch:.1f}:"
-        sentence += " student outputs gain more when rows repeat more often."
+    if is_short(judge.plan, rows, full_steps):
+        epochs = [steps / steps_per_epoch for steps in (judge.plan.steps(rows), full_steps)]
+        sentence += (
+            f" The trials had {epochs[0]:.1f} epochs and the recipe has {epochs[1]:.1f}: student outputs gain more"
+        )
+        sentence += " when rows repeat more often."
+        if best.family == "outputs" and difference.mean < 0:
+            sentence += f" Therefore {best.schedule} is chosen."
     return sentence
 
 
