@@ -125,14 +125,24 @@ class _Judge:
     def versus(self, first: Arm, second: Arm) -> tuple[Difference, str]:
         """Return by how much the first arm is better, after the last rung of both, and a clause with the figures."""
         rung = min(self.rung(first), self.rung(second))
-        difference = self.compare(first, second, rung)
-        figures = " against ".join(
-            f"{self.trial(arm, rung).scores.figure:.2f} with {arm.settings} (lr {arm.lr:g}, "
-            f"{self.trial(arm, rung).train_s:.0f} s)"
-            for arm in (first, second)
+        return self.versus_after(first, rung, second, rung)
+
+    def versus_after(self, first: Arm, rung: int, second: Arm, second_rung: int) -> tuple[Difference, str]:
+        """Return the same, after these rungs."""
+        trials = [self.trial(first, rung), self.trial(second, second_rung)]
+        difference = paired_difference(
+            trials[0].scores, trials[1].scores, lower_is_better=not self.metric.higher_is_better
         )
-        after = "" if rung == _LAST else f" after {RUNGS[rung]:.0%} of the steps"
-        return difference, f"{self.metric.label} {figures}{after}, {_interval(difference)}"
+        figures = [
+            f"{trial.scores.figure:.2f} with {arm.settings} (lr {arm.lr:g}, {trial.train_s:.0f} s{_after(at)})"
+            for arm, trial, at in zip((first, second), trials, (rung, second_rung), strict=True)
+        ]
+        return difference, f"{self.metric.label} {' against '.join(figures)}, {_interval(difference)}"
+
+    def best_rung(self, arm: Arm) -> int:
+        """Return the rung after which an arm had its best figure."""
+        sign = 1 if self.metric.higher_is_better else -1
+        return max(range(self.rung(arm) + 1), key=lambda rung: sign * self.trial(arm, rung).scores.figure)
 
     def table(self, best: Arm) -> Iterable[PilotArm]:
         """Yield the lines of the table: arms that came furthest first, each compared with the best after its last rung."""
@@ -158,6 +168,10 @@ class _Judge:
                 difference=None if difference is None else (difference.mean, difference.low, difference.high),
                 is_best=arm == best,
             )
+
+
+def _after(rung: int) -> str:
+    return "" if rung == _LAST else f", {RUNGS[rung]:.0%} of the steps"
 
 
 def _interval(difference: Difference) -> str:
@@ -214,12 +228,12 @@ def _on_outputs(judge: _Judge, best: Arm, full_steps: int, steps_per_epoch: int)
 
 
 def _on_sft(judge: _Judge) -> str | None:
-    """Say whether plain SFT is enough."""
+    """Say whether plain SFT is enough. It may stop early, as `distillm sft` does: its best figure counts."""
     sft = judge.best(arm for arm in judge.arms if arm.divergence == SFT_ARM and arm.share == 1)
     other = judge.best(arm for arm in judge.arms if arm.divergence != SFT_ARM and arm.share == 1)
     if sft is None or other is None:
         return None
-    difference, clause = judge.versus(other, sft)
+    difference, clause = judge.versus_after(other, judge.rung(other), sft, judge.best_rung(sft))
     if not difference.is_clear:
         return f"Plain SFT may be enough, as no difference to distillation is clear: {clause}."
     return f"Plain SFT is {'not ' if difference.mean > 0 else ''}enough: {clause}."

@@ -51,7 +51,7 @@ def test_sentences_name_clear_differences(tmp_path):
     result = answers({KL: 100, AB: (1, 50), AUTO: 60, SFT: 20, half: 70}, tmp_path)
     objective, outputs, sft, steps = result.answers
     assert "kl is the best: exact match 50.00" in objective
-    assert "against 25.00 with ab, off (lr 0.001, 9 s) after 50% of the steps" in objective
+    assert "(lr 0.001, 9 s, 50% of the steps) against 25.00 with ab, off (lr 0.001, 9 s, 50% of the steps)" in objective
     assert outputs.startswith("Student outputs do not pay for themselves here: exact match 30.00 with kl, auto")
     assert "worse by 20.00 (95 % interval" in outputs
     assert sft.startswith("Plain SFT is not enough: exact match 50.00 with kl, off")
@@ -70,6 +70,17 @@ def test_sentences_say_when_nothing_is_clear(tmp_path):
     assert sft.startswith("Plain SFT may be enough")
     assert steps.startswith("50 steps are enough")
     assert result.steps == 50
+
+
+def test_best_figure_of_sft_counts(tmp_path):
+    made = record({KL: 100, SFT: 20})
+    made.add(SFT, 1, Trial(50, 4.0, RowScores([1.0] * 110 + [0.0] * 90, [1.0] * ROWS)))
+    made.decisions["best"] = [vars(KL)]
+    sentence = conclude(made, PLAN, METRIC, tmp_path, 100, 10, 1.0).answers[1]
+    assert sentence.startswith(
+        "Plain SFT is enough: exact match 50.00 with kl, off (lr 0.001, 9 s) against 55.00 with sft"
+    )
+    assert "4 s, 50% of the steps" in sentence
 
 
 def test_equal_seconds_are_those_of_the_longer_run_on_rows(tmp_path):
