@@ -33,7 +33,7 @@ from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
 from distillm_cli.runs.cache_planning import open_teacher
 from distillm_cli.runs.defaults import fitted
-from distillm_cli.runs.pilot_costs import CostMeter, reset_student
+from distillm_cli.runs.pilot_costs import MEASURED, CostMeter, reset_student
 from distillm_cli.runs.pilot_plan import RUNGS, PilotPlan, kept, make_plan
 from distillm_cli.runs.pilot_record import ARMS, PilotRecord, Trial, read_pilot, write_pilot
 from distillm_cli.runs.pilot_result import choose_best, conclude
@@ -153,7 +153,8 @@ class _Pilot:
         self._write_recipe(Arm(**result.best), result.steps)
         self.record.result = result.as_json()
         self._save()
-        shutil.rmtree(self.output / ARMS, ignore_errors=True)
+        for place in (self.output / ARMS, *self.output.glob(f"{MEASURED}*")):
+            shutil.rmtree(place, ignore_errors=True)
         self.listener(Progress("pilot", 1, 1))
         return result
 
@@ -180,10 +181,13 @@ class _Pilot:
 
     def _prepare(self) -> None:
         """Load rows and models, train the stage before the run, and open the teacher with a cache for all trials."""
+        chosen = {key: (value, origin) for key, (value, origin) in self.record.chosen.items()}
+        self.resolved = with_resolved_values(self.resolved, chosen)
         # With student outputs, so that rows need responses and the whole teacher is loaded.
         widest = arm_recipe(self.resolved, Arm(self.grid.divergence[0], self.grid.lr[0], schedule="auto"))
         run = prepare(fitted(widest).recipe, self.listener)
         self.base = with_resolved_values(fitted(self.resolved), run.resolved_values)
+        self.record.chosen |= {key: list(value) for key, value in run.resolved_values.items()}
         self.full_steps = run.steps
         inputs = dict(run.inputs)
         check_unchanged(self.record.inputs, inputs, self.output)

@@ -21,6 +21,7 @@ from distillm_cli.runs.prepare import Prepared
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.events import Event, Stepped
 
+MEASURED = "measure-"  # begins the names of temporary directories
 _STEPS = 8
 _ROWS = 64
 
@@ -80,7 +81,7 @@ class CostMeter:
 
         started = time.perf_counter()
         trial = replace(run, recipe=self.recipe(arm, 1000 * steps))
-        with tempfile.TemporaryDirectory(dir=self.place, prefix="measure-") as place:
+        with tempfile.TemporaryDirectory(dir=self.place, prefix=MEASURED) as place:
             run.student.load_state(run.start_weights() if weights is None else weights)
             trainer = build_trainer(trial, Path(place), listen, teacher=self.teacher)
             trainer.train(until=steps)

@@ -37,14 +37,16 @@ class Trial:
 class PilotRecord:
     """Hold what a pilot has measured and decided.
 
-    settings: what the result depends on, apart from the inputs. inputs: fingerprints of models and rows. seconds: used so
-    far. trials: by name of the arm, its settings and its scores by rung. decisions: chosen arms, by the place of the
-    decision; they depend on the clock and are not taken again. decided_costs: seconds that were measured after the plan.
-    notes: what did not fit, sentences. result: the object of ``--json`` at the end.
+    settings: what the result depends on, apart from the inputs. inputs: fingerprints of models and rows. chosen: values
+    and their origins, by key, that were chosen for the rows at the start, such as the template. seconds: used so far.
+    trials: by name of the arm, its settings and its scores by rung. decisions: chosen arms, by the place of the decision;
+    they depend on the clock and are not taken again. decided_costs: seconds that were measured after the plan. notes: what
+    did not fit, sentences. result: the object of ``--json`` at the end.
     """
 
     settings: dict[str, Any]
     inputs: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, list[Any]] = field(default_factory=dict)
     seconds: float = 0.0
     plan: dict[str, Any] | None = None
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)
