@@ -110,7 +110,7 @@ def test_pilot_ends_with_a_table_answers_and_a_recipe(cli, pilot, tmp_path):
 def test_interrupted_pilot_continues_to_the_same_result(pair, tmp_path):
     """Interrupt a pilot again and again: no trial is repeated, and those on rows have the scores of an uninterrupted one.
 
-    How many steps those on student outputs have depends on the clock.
+    How many steps those on student outputs have depends on the clock, and with it the last round.
     """
     fields = pair | {"minutes": 30, "grid": GRID}
 
@@ -133,12 +133,12 @@ def test_interrupted_pilot_continues_to_the_same_result(pair, tmp_path):
     shutil.copytree(tmp_path / "stopped", tmp_path / "whole")
     expected = run("whole")
     found = [*run("stopped", 2), *run("stopped", 4), *run("stopped", 3), *run("stopped")]
-    assert len(set(found)) == len(found) == len(expected) > 10
+    assert len(set(found)) == len(found) > 10
     assert on_rows(found) == on_rows(expected)
 
 
 def on_rows(lines):
-    return [line for line in lines if line.startswith(("sft, lr", "kl, off, lr", "kl, off, T"))]
+    return [line for line in lines if line.startswith(("sft, lr", "kl, off, lr", "kl, off, T")) and "×" not in line]
 
 
 def test_scores_of_trials_are_those_of_plain_runs(pair, tmp_path):
