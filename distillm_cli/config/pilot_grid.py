@@ -11,7 +11,7 @@ from distillm_cli import plugins
 from distillm_cli.config.field_usage import value_of
 from distillm_cli.config.load import Resolved, resolve
 from distillm_cli.config.schedule import OWN_BUFFERED_KINDS
-from distillm_cli.config.schema import Recipe, chosen
+from distillm_cli.config.schema import AUTO, Recipe, chosen
 from distillm_cli.config.shortcuts import Flag
 from distillm_cli.errors import UsageError
 
@@ -49,11 +49,11 @@ class Arm:
 
     @property
     def settings(self) -> str:
-        """Return the settings other than the learning rate, for tables and messages."""
+        """Return the settings other than the learning rate, for tables: "kl, auto, T 2", with "× 0.5" for half the steps."""
         if self.divergence == SFT_ARM:
             return SFT_ARM
         soft = "" if self.temperature == 1 else f", T {self.temperature:g}"
-        short = "" if self.share == 1 else f", {self.share:g} × the steps"
+        short = "" if self.share == 1 else f", × {self.share:g}"
         return f"{self.divergence}, {self.schedule}{soft}{short}"
 
     @property
@@ -110,7 +110,10 @@ def parse_grid(texts: Iterable[str], recipe: Recipe) -> Grid:
             raise UsageError("usage.given_twice", f"--grid {name} is given twice", hint="keep one of them")
         values = dict.fromkeys(_value(name, word.strip(), text) for word in words.split(","))
         given[name] = tuple(values)
-    lr = chosen(recipe.train.lr)
+    if recipe.train.lr == AUTO and "lr" not in given:
+        what = f"no learning rate is known for {recipe.student.path}, since its config cannot be read"
+        raise UsageError("usage.no_rate", what, hint="check the name, or try --grid lr=1e-4,2e-4")
+    lr = 0.0 if recipe.train.lr == AUTO else chosen(recipe.train.lr)
     objective, schedule = recipe.objective, recipe.schedule.kind
     own = () if objective.kd_weight == 0 else (objective.divergence,)
     defaults: dict[str, tuple[Any, ...]] = {

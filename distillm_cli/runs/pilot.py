@@ -7,17 +7,12 @@ that an arm trained to the end equals an uninterrupted run of that length.
 from __future__ import annotations
 
 import shutil
-import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from distillm_cli.config.derived import fixed_values
 from distillm_cli.config.load import Resolved, to_yaml, with_resolved_values
@@ -38,9 +33,10 @@ from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
 from distillm_cli.runs.cache_planning import open_teacher
 from distillm_cli.runs.defaults import fitted
-from distillm_cli.runs.pilot_plan import RUNGS, Costs, PilotPlan, kept, make_plan
+from distillm_cli.runs.pilot_costs import MEASURED, CostMeter, reset_student
+from distillm_cli.runs.pilot_plan import RUNGS, PilotPlan, kept, make_plan
 from distillm_cli.runs.pilot_record import ARMS, PilotRecord, Trial, read_pilot, write_pilot
-from distillm_cli.runs.pilot_result import conclude
+from distillm_cli.runs.pilot_result import choose_best, conclude
 from distillm_cli.runs.pilot_scores import HeldOutScorer
 from distillm_cli.runs.prepare import prepare
 from distillm_cli.runs.resume import check_unchanged, find_checkpoint, restore_student
@@ -48,9 +44,10 @@ from distillm_cli.runs.run_results import PilotResult
 from distillm_cli.runs.stages import StageCheckpoints, read_checkpoints, run_prior_stages, stages_of, start_trainer
 from distillm_cli.runs.start import TrainOptions
 from distillm_cli.runs.train import FineTuning
+from distillm_cli.runs.weight_mean import WeightMean, snapshot_steps
 from distillm_cli.teachers.local import LocalTeacher
 from distillm_cli.training.distributed import world
-from distillm_cli.training.events import Event, Listener, Note, Progress, Stepped, Warned
+from distillm_cli.training.events import Event, Listener, Note, Progress, Warned
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.utils.memory import keep_freed_memory
 from distillm_cli.utils.text import counted, format_duration
@@ -59,12 +56,12 @@ SCORED_ROWS = 500  # held-out rows on which arms are compared
 _FEWEST_SCORED = 100
 _SCORING_SHARE = 0.15  # of an arm's seconds, at most, for one scoring with more than the fewest rows
 _RESERVE = 0.05  # share of the budget that is not planned
-_CALIBRATED_STEPS = 8
-_CALIBRATED_ROWS = 64
+_MARGIN = 0.02  # share of the budget for the conclusion
 _SLICE_SECONDS = 2.0  # of training between two looks at the clock
 _SAVE_SECONDS = 60.0  # between two checkpoints within a trial
 _CONTINUE = "run the same command again to continue"
 _MOST_SEARCHED = 6  # turns of the search for a learning rate
+_NEAR = 0.1  # largest relative difference of seconds that count as equal
 _SEARCH_SHARE = 0.5  # of the budget that must be left for another turn
 
 
@@ -138,8 +135,7 @@ class _Pilot:
         """Prepare, measure, plan, and run the rounds."""
         self.used_before = self.record.seconds
         self._prepare()
-        plan = self.record.planned() or self._plan()
-        self.plan = plan
+        self.plan = self.record.planned() or self._plan()
         self._say_plan()
         try:
             self._rounds()
@@ -147,7 +143,7 @@ class _Pilot:
             self._note("the budget ended before the last trials")
         result = conclude(
             self.record,
-            plan,
+            self.plan,
             self.scorer.metric,
             self.output,
             self.full_steps,
@@ -157,7 +153,8 @@ class _Pilot:
         self._write_recipe(Arm(**result.best), result.steps)
         self.record.result = result.as_json()
         self._save()
-        shutil.rmtree(self.output / ARMS, ignore_errors=True)
+        for place in (self.output / ARMS, *self.output.glob(f"{MEASURED}*")):
+            shutil.rmtree(place, ignore_errors=True)
         self.listener(Progress("pilot", 1, 1))
         return result
 
@@ -169,7 +166,8 @@ class _Pilot:
 
     @property
     def remaining(self) -> float:
-        return self.budget - self.seconds()
+        """Return the seconds that are left for trials."""
+        return self.budget * (1 - _MARGIN) - self.seconds()
 
     def _save(self) -> None:
         self.record.seconds = self.seconds()
@@ -183,9 +181,13 @@ class _Pilot:
 
     def _prepare(self) -> None:
         """Load rows and models, train the stage before the run, and open the teacher with a cache for all trials."""
-        resolved = fitted(self.resolved)
-        run = prepare(resolved.recipe, self.listener)
-        self.base = with_resolved_values(resolved, run.resolved_values)
+        chosen = {key: (value, origin) for key, (value, origin) in self.record.chosen.items()}
+        self.resolved = with_resolved_values(self.resolved, chosen)
+        # With student outputs, so that rows need responses and the whole teacher is loaded.
+        widest = arm_recipe(self.resolved, Arm(self.grid.divergence[0], self.grid.lr[0], schedule="auto"))
+        run = prepare(fitted(widest).recipe, self.listener)
+        self.base = with_resolved_values(fitted(self.resolved), run.resolved_values)
+        self.record.chosen |= {key: list(value) for key, value in run.resolved_values.items()}
         self.full_steps = run.steps
         inputs = dict(run.inputs)
         check_unchanged(self.record.inputs, inputs, self.output)
@@ -193,7 +195,7 @@ class _Pilot:
         if run.device.type == "cpu":
             keep_freed_memory()
         stages = stages_of(self.base, [FineTuning()])
-        options = TrainOptions(resume=(self.output / output_dir.SFT).is_dir())
+        options = TrainOptions(resume=output_dir.may_resume(self.output))
         checkpoints = StageCheckpoints(None, {})
         if options.resume:
             recipes = {stage.name: recipe for stage, recipe in stages.items()}
@@ -205,6 +207,7 @@ class _Pilot:
         self.teacher = self._shared_teacher()
         limit = SCORED_ROWS if self.record.plan is None else self.record.plan["rows"]
         self.scorer = HeldOutScorer(self.run_of_pair, limit)
+        self.meter = CostMeter(self.run_of_pair, self.teacher, self._recipe, self.output)
 
     def _shared_teacher(self) -> LocalTeacher:
         """Return the teacher with a cache that serves every trial: of rows, held-out rows and replayed rollouts."""
@@ -224,7 +227,7 @@ class _Pilot:
 
     def _plan(self) -> PilotPlan:
         """Measure what steps and scorings cost, and plan the rounds."""
-        costs = self._measure()
+        costs = self.meter.costs(self.grid, self.scorer)
         teacher_steps = self.run_of_pair.order.steps_per_epoch
         make = partial(make_plan, self.grid, full_steps=self.full_steps, teacher_steps=teacher_steps)
         plan = make(costs=costs, available=self._available())
@@ -242,52 +245,6 @@ class _Pilot:
 
     def _available(self) -> float:
         return self.budget * (1 - _RESERVE) - self.seconds()
-
-    def _measure(self) -> Costs:
-        """Measure the seconds of steps of each kind, of a scoring and of a checkpoint, on steps that are thrown away."""
-        divergence, lr = self.grid.divergence[0], self.grid.lr[0]
-        on_rows = Arm(divergence, lr)
-        new_rows, _ = self._step_seconds(on_rows)
-        known_rows, switch = self._step_seconds(on_rows)
-        sft, _ = self._step_seconds(Arm(SFT_ARM, lr))
-        rows = statistics.median(known_rows)
-        fresh = rows
-        if self.grid.schedule != (ROWS_ALONE,):
-            of_outputs, _ = self._step_seconds(Arm(divergence, lr, schedule="on"), whole_bulk=True)
-            fresh = max(rows, statistics.fmean(of_outputs))
-        few = self.scorer.limited(_CALIBRATED_ROWS)
-        started = time.perf_counter()
-        few.score(self.run_of_pair.student)
-        score = (time.perf_counter() - started) * len(self.scorer.rows) / len(few.rows)
-        teacher = max(0.0, statistics.median(new_rows) - rows)
-        return Costs(rows, statistics.median(sft), fresh, teacher, score, switch)
-
-    def _step_seconds(
-        self, arm: Arm, *, whole_bulk: bool = False, weights: Mapping[str, Tensor] | None = None
-    ) -> tuple[list[float], float]:
-        """Return the seconds of an arm's first steps, and those of building its trainer and of saving and loading.
-
-        whole_bulk: as many steps as student outputs are sampled for at once. weights: of the student, if not its initial
-        ones.
-        """
-        run = self.run_of_pair
-        steps = run.recipe.rollout.bulk if whole_bulk else _CALIBRATED_STEPS
-        seconds: list[float] = []
-
-        def listen(event: Event) -> None:
-            if isinstance(event, Stepped):
-                seconds.append(event.seconds)
-
-        started = time.perf_counter()
-        trial = replace(run, recipe=self._recipe(arm, 1000 * steps))
-        with tempfile.TemporaryDirectory(dir=self.output, prefix="measure-") as place:
-            run.student.load_state(run.start_weights() if weights is None else weights)
-            trainer = build_trainer(trial, Path(place), listen, teacher=self.teacher)
-            trainer.train(until=steps)
-            trainer.save()
-            trainer.student_loss.release()
-        self._reset_student()
-        return seconds, max(0.0, 2 * (time.perf_counter() - started - sum(seconds)))
 
     def _say_plan(self) -> None:
         plan = self.plan
@@ -317,24 +274,42 @@ class _Pilot:
         if any(arm.schedule != ROWS_ALONE for arm in variations):
             self._measure_outputs(of_divergences[0])
         finished += self._halve("variations", variations, self.plan.last_round_seconds)
-        (best,) = self._decide("best", lambda: self._ranked(finished, len(RUNGS) - 1)[:1])
+        (best,) = self._decide(
+            "best", lambda: [choose_best(self.record, self.plan, self.scorer.metric, finished, self.full_steps)]
+        )
         self._advance(replace(best, share=0.5), len(RUNGS) - 1)
+        for arm in self._decide("equal seconds", partial(self._equal_seconds, finished)):
+            self._advance(arm, len(RUNGS) - 1)
+
+    def _equal_seconds(self, finished: list[Arm]) -> list[Arm]:
+        """Return the best arm on rows with as many steps as take the seconds of the best one with student outputs.
+
+        None if its own seconds are near them.
+        """
+        last = len(RUNGS) - 1
+        ranked = self._ranked(finished, last)
+        pair = [next((arm for arm in ranked if arm.family == family), None) for family in ("outputs", "rows")]
+        if pair[0] is None or pair[1] is None:
+            return []
+        outputs, rows = (self.record.trial(arm, last) for arm in pair if arm is not None)
+        assert outputs is not None
+        assert rows is not None
+        share = round(outputs.train_s / rows.train_s, 2)
+        return [] if abs(share - 1) <= _NEAR else [replace(pair[1], share=share)]
 
     def _measure_outputs(self, best: Arm) -> None:
         """Measure a step on student outputs again, with the weights of the best arm so far, which end their answers.
 
         The steps of the arms with student outputs depend on it, so that they take the same seconds.
         """
-        assert self.record.plan is not None
         if "fresh" not in self.record.decided_costs:
             run = self.run_of_pair
             checkpoint = find_checkpoint(self.output / ARMS / best.name, self._recipe(best, self.plan.steps(best)))
             assert checkpoint is not None
             restore_student(run.student, checkpoint)
             weights = {name: weight.to("cpu", copy=True) for name, weight in run.student.state().items()}
-            on = replace(best, schedule="on")
-            seconds, _ = self._step_seconds(on, whole_bulk=True, weights=weights)
-            self.record.decided_costs["fresh"] = max(self.plan.costs.rows, statistics.fmean(seconds))
+            fresh = self.meter.fresh(best, weights)
+            self.record.decided_costs["fresh"] = max(self.plan.costs.rows, fresh)
             self._save()
         self.plan = replace(self.plan, costs=replace(self.plan.costs, **self.record.decided_costs))
 
@@ -415,8 +390,10 @@ class _Pilot:
             self._note(f"not trained to the end, for lack of time: {arm.settings}, lr {arm.lr:g}")
             return False
         started = time.perf_counter()
-        state = self._train(arm, self.plan.rung_steps(arm, rung)).state
-        scores = self.scorer.score(self.run_of_pair.student)
+        trainer, mean = self._train(arm, rung)
+        state = trainer.state
+        with mean.used_by(self.run_of_pair.student):
+            scores = self.scorer.score(self.run_of_pair.student)
         self.taken += time.perf_counter() - started
         self.expected += expected
         of_outputs = state.steps_with(Source.ROLLOUT) + state.steps_with(Source.REPLAY)
@@ -429,41 +406,51 @@ class _Pilot:
         self.listener(Progress("pilot", int(self.seconds()), int(max(self.budget, self.seconds() + 1)), "s"))
         return True
 
-    def _train(self, arm: Arm, until: int) -> Trainer:
-        """Train an arm to this step, from its checkpoint if there is one, and save it."""
+    def _train(self, arm: Arm, rung: int) -> tuple[Trainer, WeightMean]:
+        """Train an arm to a rung, from its checkpoint if there is one, and save it. Return also the mean of its weights."""
         run = replace(self.run_of_pair, recipe=self._recipe(arm, self.plan.steps(arm)))
         place = self.output / ARMS / arm.name
         place.mkdir(parents=True, exist_ok=True)
         checkpoint = find_checkpoint(place, run.recipe, is_required=False)
         if checkpoint is None:
-            self._reset_student()
+            reset_student(run)
         else:
             restore_student(run.student, checkpoint)
-        build: Callable[[Listener], Trainer] = lambda log: build_trainer(run, place, log, teacher=self.teacher)  # noqa: E731
+
+        def build(log: Listener) -> Trainer:
+            return build_trainer(run, place, log, teacher=self.teacher)
+
         trainer = start_trainer(build, place, run.recipe.train, checkpoint, self._listen)
+        until = self.plan.rung_steps(arm, rung)
+        mean = WeightMean.load(place, trainer.state.step)
+        snapshots = [] if until == run.steps else snapshot_steps(until)
         try:
-            self._train_in_slices(trainer, arm, until)
+            self._train_in_slices(trainer, until, snapshots, mean, place)
+        except Interrupted:
+            mean.save(place, trainer.state.step)
+            raise
         finally:
             trainer.student_loss.release()
-        return trainer
+        return trainer, mean
 
-    def _train_in_slices(self, trainer: Trainer, arm: Arm, until: int) -> None:
-        each = max(1, round(_SLICE_SECONDS / self.plan.costs.step(arm)))
+    def _train_in_slices(
+        self, trainer: Trainer, until: int, snapshots: SequenceOf[int], mean: WeightMean, place: Path
+    ) -> None:
+        """Train to a step, with a look at the clock after every slice, and add the weights after these steps to a mean."""
         saved = time.perf_counter()
-        while trainer.state.step < until:
-            trainer.train(until=min(until, trainer.state.step + each))
+        while (step := trainer.state.step) < until:
+            stops = [stop for stop in (*snapshots, until) if stop > step]
+            each = max(1, round(_SLICE_SECONDS / self.plan.costs.rows))
+            trainer.train(until=min(stops[0], step + each))
+            if trainer.state.step in snapshots:
+                mean.add(self.run_of_pair.student.state())
             if trainer.state.step < until and self.remaining < 0:
                 raise _OutOfTime
-            if time.perf_counter() - saved > _SAVE_SECONDS:
+            if trainer.state.step < until and time.perf_counter() - saved > _SAVE_SECONDS:
+                mean.save(place, trainer.state.step)
                 trainer.save()
                 saved = time.perf_counter()
         trainer.save()
-
-    def _reset_student(self) -> None:
-        """Give the student its initial weights, and the random state of the seed."""
-        run = self.run_of_pair
-        run.student.load_state(run.start_weights())
-        torch.manual_seed(run.recipe.train.seed)
 
     def _listen(self, event: Event) -> None:
         """Pass on the warnings of trials, each once."""

@@ -3,7 +3,7 @@
 Every arm gets the same seconds: the fewer steps, the more a step costs. It is scored after a quarter, half and all of its
 steps. After each of the first two, the better half of each family continues. The first round has every divergence and rate
 on the rows, and SFT; the second the other temperatures and schedules of its best arm; the third the best arm once more, with
-half of its steps.
+half of its steps, and that on rows with the seconds of the best with student outputs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distillm_cli.config.pilot_grid import SFT_ARM, Arm, Grid
+from distillm_cli.config.pilot_grid import ROWS_ALONE, SFT_ARM, Arm, Grid
 from distillm_cli.errors import UsageError
 from distillm_cli.utils.text import format_duration
 
@@ -23,7 +23,7 @@ SEARCHED_RATES = 2  # arms for which time is reserved in the search for a learni
 MIN_STEPS = 80  # of a run on rows
 _WISHED_SHARE = 0.25  # of the steps of the recipe: the grid becomes smaller before runs become shorter
 # Share of the steps that sample from the student, an expectation for kinds that adapt it.
-_FRESH = {"off": 0.0, "adaptive": 0.05, "auto": 0.1, "mixed": 0.5, "annealed": 0.5, "on": 1.0}
+_FRESH = {"off": 0.0, "adaptive": 0.1, "auto": 0.2, "mixed": 0.5, "annealed": 0.5, "on": 1.0}
 # The order in which values are left out, and how many of each setting remain while runs have the wished number of steps.
 _LEFT_OUT = {"temperature": 1, "divergence": 2, "schedule": 2, "lr": 3}
 
@@ -77,8 +77,9 @@ class PilotPlan:
 
     @property
     def last_round_seconds(self) -> float:
-        """Return the expected seconds of the best arm with half of its steps."""
-        return 0.5 * self.seconds + self.costs.score + self.costs.switch
+        """Return the expected seconds of the best arm with half of its steps, and of one with the seconds of another."""
+        has_outputs = self.grid.schedule != (ROWS_ALONE,)
+        return (1.5 if has_outputs else 0.5) * self.seconds + (1 + has_outputs) * (self.costs.score + self.costs.switch)
 
     @property
     def total_seconds(self) -> float:

@@ -37,14 +37,16 @@ class Trial:
 class PilotRecord:
     """Hold what a pilot has measured and decided.
 
-    settings: what the result depends on, apart from the inputs. inputs: fingerprints of models and rows. seconds: used so
-    far. trials: by name of the arm, its settings and its scores by rung. decisions: chosen arms, by the place of the
-    decision; they depend on the clock and are not taken again. decided_costs: seconds that were measured after the plan.
-    notes: what did not fit, sentences. result: the object of ``--json`` at the end.
+    settings: what the result depends on, apart from the inputs. inputs: fingerprints of models and rows. chosen: values
+    and their origins, by key, that were chosen for the rows at the start, such as the template. seconds: used so far.
+    trials: by name of the arm, its settings and its scores by rung. decisions: chosen arms, by the place of the decision;
+    they depend on the clock and are not taken again. decided_costs: seconds that were measured after the plan. notes: what
+    did not fit, sentences. result: the object of ``--json`` at the end.
     """
 
     settings: dict[str, Any]
     inputs: dict[str, str] = field(default_factory=dict)
+    chosen: dict[str, list[Any]] = field(default_factory=dict)
     seconds: float = 0.0
     plan: dict[str, Any] | None = None
     trials: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -108,6 +110,8 @@ def read_pilot(output: Path, settings: Mapping[str, Any]) -> PilotRecord:
         then = dict(record.settings)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError("checkpoint.damaged", f"{path} cannot be read ({error})", hint=hint) from error
+    if record.plan is None and then != settings:
+        return PilotRecord(dict(settings))  # it ended before anything was tried
     changed = [key for key in sorted(then.keys() | settings.keys()) if then.get(key) != settings.get(key)]
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""

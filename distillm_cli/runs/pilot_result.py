@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from distillm_cli.config.pilot_grid import SFT_ARM, Arm
@@ -16,6 +16,8 @@ from distillm_cli.runs.pilot_scores import Difference, paired_difference
 from distillm_cli.runs.run_results import PilotArm, PilotResult
 
 _LAST = len(RUNGS) - 1
+_ADAPTIVE = ("auto", "adaptive")
+_SHORT = 0.75  # of the recipe's steps, below which a trial says less about student outputs
 
 
 def conclude(
@@ -39,7 +41,7 @@ def conclude(
     steps, on_steps = _on_steps(judge, best, full_steps)
     answers = [
         _on_objective(judge),
-        _on_outputs(judge, full_steps, steps_per_epoch),
+        _on_outputs(judge, best, full_steps, steps_per_epoch),
         _on_sft(judge),
         on_steps,
         _on_rate(judge, best),
@@ -56,6 +58,28 @@ def conclude(
         answers=tuple(answer for answer in answers if answer),
         notes=tuple(record.notes),
     )
+
+
+def choose_best(record: PilotRecord, plan: PilotPlan, metric: Metric, finished: Iterable[Arm], full_steps: int) -> Arm:
+    """Return the best of the arms that were trained to the end.
+
+    If trials are shorter than the recipe's run, an adaptive schedule that is not clearly worse than rows alone comes first:
+    rows repeat more often in the longer run, and there student outputs gain more.
+    """
+    judge = _Judge(record, plan, metric)
+    finished = list(finished)
+    best = judge.best(finished)
+    assert best is not None
+    adaptive = judge.best(arm for arm in finished if arm.schedule in _ADAPTIVE)
+    if best.family != "rows" or adaptive is None or not is_short(plan, best, full_steps):
+        return best
+    difference = judge.compare(best, adaptive, _LAST)
+    return best if difference.is_clear else adaptive
+
+
+def is_short(plan: PilotPlan, arm: Arm, full_steps: int) -> bool:
+    """Return whether an arm's trial is much shorter than the recipe's run."""
+    return plan.steps(arm) < _SHORT * full_steps
 
 
 def plan_rows(record: PilotRecord) -> int:
@@ -101,14 +125,24 @@ class _Judge:
     def versus(self, first: Arm, second: Arm) -> tuple[Difference, str]:
         """Return by how much the first arm is better, after the last rung of both, and a clause with the figures."""
         rung = min(self.rung(first), self.rung(second))
-        difference = self.compare(first, second, rung)
-        figures = " against ".join(
-            f"{self.trial(arm, rung).scores.figure:.2f} with {arm.settings} (lr {arm.lr:g}, "
-            f"{self.trial(arm, rung).train_s:.0f} s)"
-            for arm in (first, second)
+        return self.versus_after(first, rung, second, rung)
+
+    def versus_after(self, first: Arm, rung: int, second: Arm, second_rung: int) -> tuple[Difference, str]:
+        """Return the same, after these rungs."""
+        trials = [self.trial(first, rung), self.trial(second, second_rung)]
+        difference = paired_difference(
+            trials[0].scores, trials[1].scores, lower_is_better=not self.metric.higher_is_better
         )
-        after = "" if rung == _LAST else f" after {RUNGS[rung]:.0%} of the steps"
-        return difference, f"{self.metric.label} {figures}{after}, {_interval(difference)}"
+        figures = [
+            f"{trial.scores.figure:.2f} with {arm.settings} (lr {arm.lr:g}, {trial.train_s:.0f} s{_after(at)})"
+            for arm, trial, at in zip((first, second), trials, (rung, second_rung), strict=True)
+        ]
+        return difference, f"{self.metric.label} {' against '.join(figures)}, {_interval(difference)}"
+
+    def best_rung(self, arm: Arm) -> int:
+        """Return the rung after which an arm had its best figure."""
+        sign = 1 if self.metric.higher_is_better else -1
+        return max(range(self.rung(arm) + 1), key=lambda rung: sign * self.trial(arm, rung).scores.figure)
 
     def table(self, best: Arm) -> Iterable[PilotArm]:
         """Yield the lines of the table: arms that came furthest first, each compared with the best after its last rung."""
@@ -134,6 +168,10 @@ class _Judge:
                 difference=None if difference is None else (difference.mean, difference.low, difference.high),
                 is_best=arm == best,
             )
+
+
+def _after(rung: int) -> str:
+    return "" if rung == _LAST else f", {RUNGS[rung]:.0%} of the steps"
 
 
 def _interval(difference: Difference) -> str:
@@ -162,13 +200,15 @@ def _on_objective(judge: _Judge) -> str | None:
     return f"Objective: {ranked[0].divergence} is the best{verdict}: {clause}."
 
 
-def _on_outputs(judge: _Judge, full_steps: int, steps_per_epoch: int) -> str | None:
+def _on_outputs(judge: _Judge, best: Arm, full_steps: int, steps_per_epoch: int) -> str | None:
     """Say whether student outputs pay for themselves, in the same seconds."""
     outputs = judge.best(arm for arm in judge.arms if arm.family == "outputs" and arm.share == 1)
     rows = judge.best(arm for arm in judge.arms if arm.family == "rows" and arm.share == 1)
     if outputs is None or rows is None:
         return None
-    difference, clause = judge.versus(outputs, rows)
+    equal = judge.record.decisions.get("equal seconds", [])
+    with_equal_seconds = [arm for fields in equal if (arm := Arm(**fields)) in judge.arms]
+    difference, clause = judge.versus(outputs, with_equal_seconds[0] if with_equal_seconds else rows)
     if not difference.is_clear:
         verdict = "It is not clear that student outputs pay for themselves here"
     elif difference.mean > 0:
@@ -176,20 +216,24 @@ def _on_outputs(judge: _Judge, full_steps: int, steps_per_epoch: int) -> str | N
     else:
         verdict = "Student outputs do not pay for themselves here"
     sentence = f"{verdict}: {clause}."
-    epochs = judge.plan.steps(rows) / steps_per_epoch
-    if epochs < 0.75 * full_steps / steps_per_epoch:
-        sentence += f" The trials had {epochs:.1f} epochs and the recipe has {full_steps / steps_per_epoch:.1f}:"
-        sentence += " student outputs gain more when rows repeat more often."
+    if is_short(judge.plan, rows, full_steps):
+        epochs = [steps / steps_per_epoch for steps in (judge.plan.steps(rows), full_steps)]
+        sentence += (
+            f" The trials had {epochs[0]:.1f} epochs and the recipe has {epochs[1]:.1f}: student outputs gain more"
+        )
+        sentence += " when rows repeat more often."
+        if best.family == "outputs" and difference.mean < 0:
+            sentence += f" Therefore {best.schedule} is chosen."
     return sentence
 
 
 def _on_sft(judge: _Judge) -> str | None:
-    """Say whether plain SFT is enough."""
+    """Say whether plain SFT is enough. It may stop early, as `distillm sft` does: its best figure counts."""
     sft = judge.best(arm for arm in judge.arms if arm.divergence == SFT_ARM and arm.share == 1)
     other = judge.best(arm for arm in judge.arms if arm.divergence != SFT_ARM and arm.share == 1)
     if sft is None or other is None:
         return None
-    difference, clause = judge.versus(other, sft)
+    difference, clause = judge.versus_after(other, judge.rung(other), sft, judge.best_rung(sft))
     if not difference.is_clear:
         return f"Plain SFT may be enough, as no difference to distillation is clear: {clause}."
     return f"Plain SFT is {'not ' if difference.mean > 0 else ''}enough: {clause}."
@@ -206,8 +250,8 @@ def _on_rate(judge: _Judge, best: Arm) -> str | None:
 
 def _on_steps(judge: _Judge, best: Arm, full_steps: int) -> tuple[int, str | None]:
     """Return the steps that are worth it, and a sentence. Without a trial of half of the steps, they are the recipe's."""
-    short = next((arm for arm in judge.arms if arm.share != 1), None)
-    if short is None:
+    short = replace(best, share=0.5)
+    if short not in judge.arms:
         return full_steps, None
     steps = [judge.plan.steps(arm) for arm in (short, best)]
     difference = judge.compare(best, short, _LAST)

@@ -19,17 +19,16 @@ from distillm_cli.utils.text import format_duration, signed
 
 def pilot_tables(result: PilotResult) -> Iterator[RenderableType | Note]:
     """Yield the table of a pilot, its sentences, and what did not fit."""
-    title = plugins.metrics[result.metric].label + (" ↓" if is_lower_better(result.metric) else "")
-    columns = ["", "lr", "steps", "time", "outputs", title, "gain over the best [95 %]"]
-    rows = [_line(arm) for arm in result.arms]
-    yield table("Pilot", columns, rows)
-    yield Text(
-        f"{columns[5]}: greedy answers to {result.rows:,} held-out rows. outputs: share of steps on them.", "dim"
-    )
-    for answer in result.answers:
-        yield Text(answer)
-    for note in result.notes:
-        yield Note(note)
+    label = plugins.metrics[result.metric].label
+    score = "score ↓" if is_lower_better(result.metric) else "score ↑"
+    columns = ["", "lr", "steps", "time", score, "gain over the best"]
+    yield table(f"Pilot: {label} on {result.rows:,} held-out rows", columns, [_line(arm) for arm in result.arms])
+    notes = "Greedy answers. Gains have 95 % intervals over rows, after the same share of the steps."
+    if any("×" in arm.name for arm in result.arms):
+        notes += " × N: N times the steps."
+    yield Text(notes, "dim")
+    yield from map(Text, result.answers)
+    yield from map(Note, result.notes)
 
 
 def pilot_next_steps(result: PilotResult) -> RenderableType:
@@ -39,18 +38,10 @@ def pilot_next_steps(result: PilotResult) -> RenderableType:
 
 def _line(arm: PilotArm) -> list[object]:
     name = Text(arm.name, "bold") if arm.is_best else Text(arm.name)
-    steps = f"{arm.steps:,}" if arm.steps == arm.of_steps else f"{arm.steps:,} of {arm.of_steps:,}"
+    steps = f"{arm.steps:,}" if arm.steps == arm.of_steps else f"{arm.steps:,}/{arm.of_steps:,}"
     gain: object = Text("best", "bold")
     if arm.difference is not None:
         mean, low, high = arm.difference
         style = GOOD if low > 0 else BAD if high < 0 else "dim"
         gain = Text(f"{signed(mean, 2)} [{signed(low, 2)}, {signed(high, 2)}]", style)
-    return [
-        name,
-        f"{arm.lr:g}",
-        steps,
-        format_duration(arm.train_s),
-        f"{arm.output_share:.0%}",
-        f"{arm.figure:.2f}",
-        gain,
-    ]
+    return [name, f"{arm.lr:g}", steps, format_duration(arm.train_s), f"{arm.figure:.2f}", gain]

@@ -58,6 +58,13 @@ def test_values_that_are_none_are_refused(texts, code, mention):
         parse_grid(texts, base().recipe)
 
 
+def test_a_student_without_a_known_rate_needs_one():
+    unknown = base(train__lr="auto").recipe
+    with raises_code("usage.no_rate", "--grid lr"):
+        parse_grid((), unknown)
+    assert parse_grid(("lr=1e-4",), unknown).lr == (1e-4,)
+
+
 def test_arms_change_their_own_settings_only():
     resolved = base(train__batch_size=3, objective__alpha=0.3, schedule__kind="adaptive", rollout__bulk=2)
     same = arm_recipe(resolved, Arm("skl", 1e-3, schedule="adaptive"))
