@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from distillm_cli.config.schema import EvalConfig
 from distillm_cli.evaluation.bootstrap import ComparedSide, compare_sides, paired_bootstrap
+from distillm_cli.evaluation.predictions import Predictions
 from distillm_cli.plugins import metrics
-from distillm_cli.runs.eval_analysis import comparison_sentence
+from distillm_cli.runs.eval_analysis import ScoredSuite, compare_suite, comparison_sentence
+from tests.codes import raises_code
 
 ROWS = 200
 
@@ -98,3 +101,21 @@ def test_metric_without_sums_has_no_interval():
     )
     assert (found.difference, found.low, found.p) == (1.0, None, None)
     assert "no interval" in comparison_sentence(found)
+
+
+def scored(checkpoint: str, where: list[str], texts: list[str]) -> ScoredSuite:
+    config = EvalConfig(metrics=("exact_match",), greedy=True)
+    rows = range(len(where))
+    predictions = Predictions(config, where, ["p" for _ in rows], [("x",) for _ in rows], {"greedy": texts})
+    return ScoredSuite(checkpoint, predictions, [], {})
+
+
+def test_common_rows_are_compared_with_a_warning():
+    events = []
+    a = scored("a", ["t:1", "t:2", "t:3"], ["x", "y", "x"])
+    b = scored("b", ["t:3", "t:1"], ["y", "x"])
+    (found,) = compare_suite("words", a, b, events.append)
+    assert (found.rows, found.mean_a, found.mean_b) == (2, 100, 50)
+    assert "2 rows" in events[0].text
+    with raises_code("data.no_common_rows", "words"):
+        list(compare_suite("words", a, scored("b", ["u:1"], ["x"]), events.append))
