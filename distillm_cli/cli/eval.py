@@ -39,10 +39,9 @@ ResultsDirectory = Annotated[
     panel=options.VERBS,
     examples=(
         "distillm eval ckpt/ --suite dolly",
-        "distillm eval runs/a runs/b --suite dolly,self-inst,vicuna --json",
+        "distillm eval runs/a runs/b --suite dolly,self-inst,vicuna --compare --json",
         "distillm eval ckpt/ --suite words/test.jsonl --metric error_rate --greedy",
         "distillm eval gpt2 --suite sni --limit 100 --seeds 10",
-        "distillm eval runs/a runs/b --suite dolly --compare --perplexity --leakage",
         "distillm eval NAME --server https://HOST/v1 --suite dolly --set eval.no_repeat_ngram_size=0",
     ),
 )

@@ -58,8 +58,13 @@ class SuiteFile(Section):
         return found
 
     def config(self, own: EvalConfig, by_hand: Collection[str] = ()) -> EvalConfig:
-        """Return the settings for the suite: those of the file over ``own``. by_hand: keys of the command that stay."""
+        """Return the settings for the suite: those of the file over ``own``.
+
+        by_hand: keys of the command that stay. A limit of ``own`` stays too, since it has selected the rows.
+        """
         changes = {key: value for key, value in self.settings().items() if f"eval.{key}" not in by_hand}
+        if own.limit is not None:
+            changes.pop("limit", None)
         return EvalConfig.model_validate({**own.model_dump(), **changes})
 
 
@@ -93,6 +98,8 @@ def read_suite_file(path: Path) -> SuiteFile:
         key = ".".join(str(part) for part in first["loc"])
         problem = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
         raise _invalid(path, f"{key} = {format_value(first['input'])}: {problem}") from None
+    if suite_path(suite.source) is not None:
+        raise _invalid(path, f"source = {suite.source}: a suite file, expected rows")
     beside = path.parent / suite.source
     if beside.exists():
         suite = suite.model_copy(update={"source": str(beside)})

@@ -23,7 +23,7 @@ FigureOfSums = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedSide:
     """Hold what a comparison needs of one checkpoint. figures: of each pass. sums: of rows, None if they do not exist."""
 
     name: str
@@ -66,7 +66,7 @@ class Difference:
 
 
 def compare_sides(
-    suite: str, metric: str, sides: SequenceOf[Side], of_sums: FigureOfSums, *, higher_is_better: bool | None
+    suite: str, metric: str, sides: SequenceOf[ComparedSide], of_sums: FigureOfSums, *, higher_is_better: bool | None
 ) -> Difference:
     """Compare the second of two checkpoints with the first, by one metric.
 

@@ -16,9 +16,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from distillm_cli import plugins
@@ -28,7 +30,7 @@ from distillm_cli.evaluation.evaluate import GREEDY, Answer, SuiteResult
 from distillm_cli.evaluation.metrics import RatioMetric, ratio
 from distillm_cli.evaluation.pass_store import PassStore, predictions_file
 from distillm_cli.evaluation.suites import Suite
-from distillm_cli.training.distributed import in_first_process
+from distillm_cli.training.distributed import in_first_process, world
 from distillm_cli.utils import manifest
 from distillm_cli.utils.storage import atomic_write, check_writable, nearest_directory, storing
 
@@ -125,9 +127,17 @@ def foreign_metrics(names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in names:
         module = inspect.getmodule(type(plugins.metrics[name]))
-        if module is not None and not module.__name__.startswith("distillm_cli."):
-            found[f"metric_{name}"] = hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+        if module is None or not module.__name__.startswith("distillm_cli."):
+            found[f"metric_{name}"] = hashlib.sha256(_source(module).encode()).hexdigest()
     return found
+
+
+def _source(module: ModuleType | None) -> str:
+    """Return the source of a module; a new text each time if it has none, as in a notebook, so that nothing matches."""
+    try:
+        return "" if module is None else inspect.getsource(module)
+    except OSError:
+        return world().broadcast(lambda: str(time.time_ns()))
 
 
 @in_first_process

@@ -55,8 +55,8 @@ from distillm_cli.runs.eval_analysis import (
     ScoredSuite,
     common_rows,
     compare_suite,
+    comparison_sentence,
     leakage_of,
-    sentence,
     training_data,
     without_leaked,
 )
@@ -224,7 +224,7 @@ def _compare(jobs: list[_Job], listener: Listener) -> Iterator[Mapping[str, Any]
     for job, suite in _common_suites(jobs):
         compare = partial(compare_suite, suite.name, _scored(jobs[0], suite), _scored(job, suite), listener)
         for found in world().broadcast(partial(_listed, compare)):
-            yield {**found.as_json(), "sentence": sentence(found)}
+            yield {**found.as_json(), "sentence": comparison_sentence(found)}
 
 
 def _jobs(

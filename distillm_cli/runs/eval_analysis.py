@@ -12,7 +12,7 @@ import numpy as np
 from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.sources import load_rows
 from distillm_cli.errors import DataError, UsageError
-from distillm_cli.evaluation.bootstrap import Difference, Side, compare_sides
+from distillm_cli.evaluation.bootstrap import ComparedSide, Difference, compare_sides
 from distillm_cli.evaluation.leakage import Leakage, find_leakage
 from distillm_cli.evaluation.likelihood import AGREEMENT, KL_STUDENT_TEACHER, KL_TEACHER_STUDENT, LOSS
 from distillm_cli.evaluation.predictions import Predictions, mean_and_sd
@@ -79,7 +79,7 @@ def compare_suite(suite: str, a: ScoredSuite, b: ScoredSuite, listener: Listener
         if metric is None or name not in of_b.config.metrics:
             continue
         pairs = zip(names, (of_a, of_b), strict=True)
-        sides = [Side(label, of.figures(metric), of.sums(metric)) for label, of in pairs]
+        sides = [ComparedSide(label, of.figures(metric), of.sums(metric)) for label, of in pairs]
         yield compare_sides(suite, name, sides, metric.figure_of_sums, higher_is_better=metric.higher_is_better)
     yield from _compare_references(suite, names, a.references, b.references)
     rated = [where for where in a.ratings if where in b.ratings]
@@ -87,7 +87,7 @@ def compare_suite(suite: str, a: ScoredSuite, b: ScoredSuite, listener: Listener
         sides = []
         for label, ratings in zip(names, (a.ratings, b.ratings), strict=True):
             sums_1N2 = np.array([[(ratings[where], 1) for where in rated]], dtype=np.float64)
-            sides.append(Side(label, [float(sums_1N2[0, :, 0].mean())], sums_1N2))
+            sides.append(ComparedSide(label, [float(sums_1N2[0, :, 0].mean())], sums_1N2))
         yield compare_sides(suite, "judge", sides, partial(_ratio, 1), higher_is_better=True)
 
 
@@ -113,7 +113,7 @@ def _compare_references(
         for label, lines, rows in ((names[0], a, rows_a), (names[1], b, rows_b)):
             sums_1N2 = np.array([[(lines[i][name], lines[i]["tokens"]) for i in rows]], dtype=np.float64)
             figure = scale * sums_1N2[0, :, 0].sum() / sums_1N2[0, :, 1].sum()
-            sides.append(Side(label, [float(figure)], sums_1N2))
+            sides.append(ComparedSide(label, [float(figure)], sums_1N2))
 
         yield compare_sides(suite, name, sides, partial(_ratio, scale), higher_is_better=name == AGREEMENT)
 
@@ -123,7 +123,7 @@ def _ratio(scale: float, sums_RK: np.ndarray) -> np.ndarray:
     return ratios
 
 
-def sentence(found: Difference) -> str:
+def comparison_sentence(found: Difference) -> str:
     """Say what a comparison shows."""
     direction = "higher" if found.difference > 0 else "lower"
     gap = f"{found.suite}, {found.metric}: {found.b} is {abs(found.difference):.2f} {direction} than {found.a}"
@@ -132,4 +132,5 @@ def sentence(found: Difference) -> str:
     if found.low is None or found.high is None or found.p is None:
         return f"{gap}; no interval, since the metric has no figures of rows"
     interval = f"95 % interval {found.low:.2f} to {found.high:.2f}, p = {found.p:.2g}"
-    return f"{gap}, which is inside the noise ({interval})" if found.is_noise else f"{gap} ({interval})"
+    is_noise = found.is_noise and found.difference != 0
+    return f"{gap}, which is inside the noise ({interval})" if is_noise else f"{gap} ({interval})"

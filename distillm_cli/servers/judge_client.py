@@ -20,8 +20,8 @@ from distillm_cli.errors import UsageError
 from distillm_cli.servers.http import answer_timeout, in_parallel
 from distillm_cli.utils.storage import atomic_write
 
-KEY = "OPENAI_API_KEY"  # environment variables of the client
-BASE_URL = "OPENAI_BASE_URL"
+_KEY = "OPENAI_API_KEY"  # environment variables of the client
+_BASE_URL = "OPENAI_BASE_URL"
 _WORKERS = 8
 _MAX_FAILURES = 3  # failed requests after which no other is sent
 _RETRIES = 2  # of a request that the server may answer later
@@ -48,8 +48,10 @@ def check_judge(url: str | None) -> None:
         raise UsageError(
             "usage.missing_package", "--judge needs the package openai", hint="pip install 'distillm[judge]'"
         )
-    if url is None and not os.environ.get(BASE_URL) and not os.environ.get(KEY):
-        raise UsageError("usage.no_key", "--judge without a key", where=KEY, hint=f"set {KEY}, or give --judge-url URL")
+    if url is None and not os.environ.get(_BASE_URL) and not os.environ.get(_KEY):
+        raise UsageError(
+            "usage.no_key", "--judge without a key", where=_KEY, hint=f"set {_KEY}, or give --judge-url URL"
+        )
 
 
 class JudgeClient:
@@ -63,9 +65,9 @@ class JudgeClient:
         from openai import OpenAI
 
         self.model = model
-        self.url = url or os.environ.get(BASE_URL) or "OpenAI"
+        self.url = url or os.environ.get(_BASE_URL) or "OpenAI"
         self._cache = cache
-        self._key = os.environ.get(KEY)
+        self._key = os.environ.get(_KEY)
         # A local server needs no key, but the client does.
         self._client = OpenAI(base_url=url, api_key=self._key or "none", timeout=answer_timeout(), max_retries=_RETRIES)
         self._lock = threading.Lock()
@@ -118,7 +120,7 @@ class JudgeClient:
         if isinstance(error, openai.APIConnectionError):
             return f"cannot reach {self.url}"
         if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            return f"{self.url} refused the key in {KEY}"
+            return f"{self.url} refused the key in {_KEY}"
         message = " ".join(str(error).split())
         if self._key:
             message = message.replace(self._key, "…")

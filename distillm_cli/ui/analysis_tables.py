@@ -13,11 +13,11 @@ from distillm_cli.training.events import Note
 from distillm_cli.ui.summary import table
 from distillm_cli.utils.text import signed
 
-Row = list[object]
+_Row = list[object]
 
 
 def analysis_tables(result: EvalResult) -> Iterator[RenderableType | Note]:
-    """Yield the tables of pass@k, references, leakage and comparisons, and a sentence per comparison."""
+    """Yield the tables of pass@k, references, leakage and comparisons, and a sentence per difference inside the noise."""
     for title, heads, make_rows in (
         ("pass@k", ("suite", "metric", "k", "pass@k"), _pass_rows),
         ("Tasks of lm-eval", ("task", "rows", "metric", "value", "standard error"), _lm_eval_rows),
@@ -32,10 +32,11 @@ def analysis_tables(result: EvalResult) -> Iterator[RenderableType | Note]:
     if result.comparisons:
         yield table("Comparison", _COMPARISON, [_comparison(found) for found in result.comparisons])
         for found in result.comparisons:
-            yield f"{found['sentence']}."
+            if found["inside_noise"] is not False:
+                yield f"{found['sentence']}."
 
     if result.judge is not None:
-        pairs: list[Row] = [[pair[key] for key in _PAIR_KEYS] for pair in result.judge["pairs"]]
+        pairs: list[_Row] = [[pair[key] for key in _PAIR_KEYS] for pair in result.judge["pairs"]]
         if pairs:
             yield table("Pairs that the judge compared", _PAIRS, pairs)
         yield _cost(result.judge)
@@ -83,22 +84,22 @@ _COMPARISON = (
 )
 
 
-def _rows(result: EvalResult, make_rows: Callable[[str, Mapping[str, Any]], Iterator[Row]]) -> list[Row]:
-    found: list[Row] = []
+def _rows(result: EvalResult, make_rows: Callable[[str, Mapping[str, Any]], Iterator[_Row]]) -> list[_Row]:
+    found: list[_Row] = []
     for checkpoint in result.checkpoints:
-        lead: Row = [checkpoint.checkpoint] if len(result.checkpoints) > 1 else []
+        lead: _Row = [checkpoint.checkpoint] if len(result.checkpoints) > 1 else []
         for name, suite in checkpoint.suites.items():
             found += [[*lead, *row] for row in make_rows(name, suite)]
     return found
 
 
-def _pass_rows(name: str, suite: Mapping[str, Any]) -> Iterator[Row]:
+def _pass_rows(name: str, suite: Mapping[str, Any]) -> Iterator[_Row]:
     for metric, score in suite.items():
         for k, value in (score.get("pass_at") or {}).items() if isinstance(score, Mapping) else ():
             yield [name, _label(metric), k, f"{value:.2f}"]
 
 
-def _reference_rows(name: str, suite: Mapping[str, Any]) -> Iterator[Row]:
+def _reference_rows(name: str, suite: Mapping[str, Any]) -> Iterator[_Row]:
     found = suite.get("references")
     if found is None:
         return
@@ -107,20 +108,20 @@ def _reference_rows(name: str, suite: Mapping[str, Any]) -> Iterator[Row]:
     yield [name, found["rows"], found["perplexity"], *divergences, agreement, found.get("teacher_perplexity")]
 
 
-def _lm_eval_rows(name: str, suite: Mapping[str, Any]) -> Iterator[Row]:
+def _lm_eval_rows(name: str, suite: Mapping[str, Any]) -> Iterator[_Row]:
     for metric, found in suite.get("lm_eval", {}).items():
         arrow = {True: " ↑", False: " ↓", None: ""}[found["higher_is_better"]]
         error = None if found["stderr"] is None else f"{found['stderr']:.4f}"
         yield [name, suite["rows"], f"{metric}{arrow}", f"{found['value']:.4f}", error]
 
 
-def _rating_rows(name: str, suite: Mapping[str, Any]) -> Iterator[Row]:
+def _rating_rows(name: str, suite: Mapping[str, Any]) -> Iterator[_Row]:
     found = suite.get("judge")
     if found is not None:
         yield [name, found["rows"], found["rated"], None if found["mean"] is None else f"{found['mean']:.2f}"]
 
 
-def _leakage_rows(name: str, suite: Mapping[str, Any]) -> Iterator[Row]:
+def _leakage_rows(name: str, suite: Mapping[str, Any]) -> Iterator[_Row]:
     found = suite.get("leakage")
     if found is None:
         return
@@ -132,7 +133,7 @@ def _leakage_rows(name: str, suite: Mapping[str, Any]) -> Iterator[Row]:
             yield [name, *counts, _label(metric), _mean_sd(suite[metric]), _mean_sd(score)]
 
 
-def _comparison(found: Mapping[str, Any]) -> Row:
+def _comparison(found: Mapping[str, Any]) -> _Row:
     interval = None if found["low"] is None else f"{signed(found['low'], 2)} to {signed(found['high'], 2)}"
     return [
         found["suite"],

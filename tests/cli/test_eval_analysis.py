@@ -10,8 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import distillm_cli
 from distillm_cli.evaluation import evaluate
 from distillm_cli.models.trained_tokenizers import train_tokenizer
+from distillm_cli.runs.eval_options import EvalOptions
 from tests import tiny
 from tests.command_line import assert_error, call
 from tests.judge_server import answer_in, judging
@@ -145,6 +147,13 @@ def test_checkpoints_are_compared_on_the_same_rows(workdir, capsys):
     assert found["kl_teacher_student"]["better"] is False, "a is the teacher itself"
     figures = result["checkpoints"]["b"]["suites"]["rows"]["references"]
     assert figures["agreement"] == pytest.approx(found["agreement"]["mean_b"])
+
+
+def test_python_takes_the_same_options(workdir):
+    fields = {"suite": "rows.jsonl", "template": "plain", "max_new_tokens": 6, "seeds": [1, 2]}
+    result = distillm_cli.evaluate(["a", "b"], options=EvalOptions(compare=True, perplexity=True), **fields)
+    assert {found["metric"] for found in result.comparisons} == {"rouge_l", "exact_match", "loss"}
+    assert result.as_json()["comparisons"] == list(result.comparisons)
 
 
 def test_training_rows_in_a_suite_are_counted(workdir, capsys):

@@ -44,6 +44,7 @@ def test_suite_file_sets_rows_and_settings(suite, monkeypatch, tmp_path_factory)
 def test_settings_by_hand_override_the_file(suite):
     loaded = load_suite(str(suite), Recipe(eval=EvalConfig(limit=3)))
     assert len(loaded.rows) == 3
+    assert loaded.config(EvalConfig(limit=3)).limit == 3
     own = EvalConfig(metrics=("bleu",), max_new_tokens=99)
     config = loaded.config(own, {"eval.metrics", "eval.max_new_tokens", "eval.greedy"})
     assert (config.metrics, config.max_new_tokens, config.temperature) == (("bleu",), 99, 0.5)
@@ -67,6 +68,7 @@ def test_shipped_suite_is_valid(name):
         ("generation: {temperature: -1}", "temperature"),
         ("template: fancy", "template"),
         ("seeds: []", "seeds"),
+        ("source: mine.yaml", "mine.yaml"),
     ],
 )
 def test_wrong_key_or_value_is_named(suite, line, mention):
