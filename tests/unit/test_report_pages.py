@@ -75,7 +75,6 @@ def test_everything_from_data_is_escaped(tmp_path):
     page = run_page(read_run(run), [RowDistances(HOSTILE, (token,))], "")
     found = assert_self_contained(page)
     assert "".join(found.text).count(HOSTILE) >= 12
-    assert "49" not in page.split("<h2>Cost")[1].split("<pre>")[0]
 
 
 def test_page_of_runs_is_escaped_and_self_contained(tmp_path):
