@@ -238,12 +238,13 @@ def sweep_chart(setting: str, metric: str, points: Sequence[Point]) -> Chart:
     points = points[:_MAX_POINTS]
     is_number = all(isinstance(p.x, int | float) and not isinstance(p.x, bool) for p in points)
     is_log = is_number and all(p.x > 0 for p in points) and max(p.x for p in points) >= 50 * min(p.x for p in points)  # type: ignore[operator,type-var]
-    x: dict[str, Any] = _axis("x", setting)
+    x: dict[str, Any] = _axis("x", setting) | {"scale": {"zero": False, "padding": 12}}
     if not is_number:
         x["type"] = "nominal"
+        del x["scale"]
         x["axis"] = {"labelAngle": -30, "labelLimit": 140}
     elif is_log:
-        x["scale"] = {"type": "log"}
+        x["scale"] = {"type": "log", "padding": 12}
     spec = _scatter([_point(p, str(p.x) if not is_number else p.x) for p in points], x, metric)
     title = f"{metric} against {setting}"
     return Chart(_file_stem(f"{metric}-by-{setting}"), title, _caption(points), _described(spec, title))
@@ -258,21 +259,17 @@ def front_chart(metric: str, points: Sequence[Point], *, lower_is_better: bool) 
         if best is None or (point.value < best if lower_is_better else point.value > best):
             best = point.value
             front.append({"x": point.x, "value": point.value})
-    spec = _scatter([_point(p, p.x) for p in points], _axis("x", "seconds of training"), metric)
+    x = _axis("x", "seconds of training") | {"scale": {"zero": False, "padding": 12}}
+    spec = _scatter([_point(p, p.x) for p in points], x, metric)
+    mark = {"type": "line", "color": "currentColor", "strokeDash": [4, 3], "opacity": 0.6, "interpolate": "step-after"}
     line = {
         "data": {"values": front},
-        "mark": {
-            "type": "line",
-            "color": "currentColor",
-            "strokeDash": [4, 3],
-            "opacity": 0.6,
-            "interpolate": "step-after",
-        },
-        "encoding": {"x": _axis("x", "seconds of training"), "y": _axis("value", metric)},
+        "mark": mark,
+        "encoding": {"x": x, "y": {**_axis("value", metric), "scale": {"zero": False}}},
     }
     spec["layer"] = [line, *spec["layer"]]
     title = f"{metric} against time"
-    caption = f"Dashed: the front of the best for their time ({'lower' if lower_is_better else 'higher'} is better)."
+    caption = f"{'Lower' if lower_is_better else 'Higher'} is better. Dashed: the front of the best for their time."
     return Chart(_file_stem(f"{metric}-by-seconds"), title, caption, _described(spec, title))
 
 
@@ -297,7 +294,7 @@ def _point(point: Point, x: object) -> dict[str, Any]:
 
 
 def _scatter(values: list[dict[str, Any]], x: dict[str, Any], metric: str) -> dict[str, Any]:
-    y = {**_axis("value", metric), "scale": {"zero": False}}
+    y = {**_axis("value", metric), "scale": {"zero": False, "nice": True}}
     names = list(dict.fromkeys(value["series"] for value in values))
     color = _color(names) if names != [""] else {"value": COLORS[0]}
     bars = {
