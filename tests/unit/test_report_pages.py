@@ -120,6 +120,15 @@ def test_front_has_the_groups_that_no_other_beats():
     assert [point["x"] for point in front] == [1, 3, 5]
 
 
+def test_plots_of_many_groups_are_thinned():
+    points = [charts.Point(i, float(i), None, str(i)) for i in range(10_000)]
+    chart = charts.sweep_chart("lr", "m", points)
+    assert 125 <= len(chart.spec["data"]["values"]) <= 250
+    assert "10,000 groups" in chart.caption
+    front = charts.front_chart("m", points, lower_is_better=True).spec["layer"][0]["data"]["values"]
+    assert [point["x"] for point in front] == [0]  # of all groups
+
+
 def test_charts_of_a_run_live_without_any_key(tmp_path):
     run = write_run(tmp_path / "run")
     lines = list(read_metrics(run / "metrics.jsonl"))
