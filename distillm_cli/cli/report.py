@@ -71,7 +71,6 @@ ShownRows = Annotated[
     typer.Option(
         "--rows",
         metavar="N",
-        min=0,
         show_default=False,
         help=r"Held-out rows that report.html of one run shows token by token. 0: load no model. [dim]\[default: 4][/]",
         rich_help_panel=options.OUTPUT_PANEL,
@@ -118,6 +117,10 @@ def show_report(
     if csv + md + json > 1:
         what = "--csv, --md and --json are mutually exclusive"
         raise UsageError("usage.exclusive_options", what, hint="choose one of them")
+    if rows < 0:
+        raise UsageError(
+            "usage.invalid_value", f"--rows = {rows}", where="expected an integer ≥ 0", hint="try --rows 4"
+        )
     paths = [Path(directory).expanduser() for directory in directories]
     with console(json_mode=json, quiet=quiet) as ui:
         chosen = ReportOptions(sort, html, plots, card, Path(output).expanduser() if output else None, rows)

@@ -19,7 +19,7 @@ MISSING_EXTRA = "charts need the extra `report`: pip install 'distillm[report]'"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 _WIDTH, _HEIGHT = 380, 190
 _BINS = 120  # points of a line
-_MAX_POINTS = 2000  # of a scatter plot
+_MAX_POINTS = 250  # of a plot
 _SOURCES = {"dataset": "rows", "rollout": "rollouts", "replay": "replay", "teacher": "teacher samples"}
 _VALID_LOSSES = {"valid_loss": "cross-entropy", "held_out_loss": "objective", "valid_divergence": "objective"}
 _NOT_SCORES = {"step", "phi", "epoch", "tokens", "seconds", *_VALID_LOSSES}
@@ -128,7 +128,7 @@ def _points(lines: Iterable[Mapping[str, Any]], names: Mapping[str, str]) -> lis
         for name, text in names.items()
         if (value := finite_number(line.get(name))) is not None
     ]
-    return found[:: len(found) // _MAX_POINTS + 1]
+    return _thinned(found)
 
 
 def _binned(lines: Sequence[Mapping[str, Any]], values: Any) -> list[dict[str, Any]]:
@@ -235,15 +235,15 @@ def _lines(
 
 def sweep_chart(setting: str, metric: str, points: Sequence[Point]) -> Chart:
     """Return a metric against a setting: a point per group of runs, with its standard deviation."""
-    points = points[:_MAX_POINTS]
     is_number = all(isinstance(p.x, int | float) and not isinstance(p.x, bool) for p in points)
     is_log = is_number and all(p.x > 0 for p in points) and max(p.x for p in points) >= 50 * min(p.x for p in points)  # type: ignore[operator,type-var]
-    x: dict[str, Any] = _axis("x", setting)
+    x: dict[str, Any] = _axis("x", setting) | {"scale": {"zero": False, "padding": 12}}
     if not is_number:
         x["type"] = "nominal"
+        del x["scale"]
         x["axis"] = {"labelAngle": -30, "labelLimit": 140}
     elif is_log:
-        x["scale"] = {"type": "log"}
+        x["scale"] = {"type": "log", "padding": 12}
     spec = _scatter([_point(p, str(p.x) if not is_number else p.x) for p in points], x, metric)
     title = f"{metric} against {setting}"
     return Chart(_file_stem(f"{metric}-by-{setting}"), title, _caption(points), _described(spec, title))
@@ -251,28 +251,24 @@ def sweep_chart(setting: str, metric: str, points: Sequence[Point]) -> Chart:
 
 def front_chart(metric: str, points: Sequence[Point], *, lower_is_better: bool) -> Chart:
     """Return a metric against seconds, with a line through the groups that no other beats in both."""
-    points = points[:_MAX_POINTS]
     front = []
     best: float | None = None
     for point in sorted(points, key=lambda p: (p.x, p.value if lower_is_better else -p.value)):
         if best is None or (point.value < best if lower_is_better else point.value > best):
             best = point.value
             front.append({"x": point.x, "value": point.value})
-    spec = _scatter([_point(p, p.x) for p in points], _axis("x", "seconds of training"), metric)
+    x = _axis("x", "seconds of training") | {"scale": {"zero": False, "padding": 12}}
+    spec = _scatter([_point(p, p.x) for p in points], x, metric)
+    mark = {"type": "line", "color": "currentColor", "strokeDash": [4, 3], "opacity": 0.6, "interpolate": "step-after"}
     line = {
         "data": {"values": front},
-        "mark": {
-            "type": "line",
-            "color": "currentColor",
-            "strokeDash": [4, 3],
-            "opacity": 0.6,
-            "interpolate": "step-after",
-        },
-        "encoding": {"x": _axis("x", "seconds of training"), "y": _axis("value", metric)},
+        "mark": mark,
+        "encoding": {"x": x, "y": {**_axis("value", metric), "scale": {"zero": False}}},
     }
     spec["layer"] = [line, *spec["layer"]]
     title = f"{metric} against time"
-    caption = f"Dashed: the front of the best for their time ({'lower' if lower_is_better else 'higher'} is better)."
+    caption = f"{'Lower' if lower_is_better else 'Higher'} is better. Dashed: the front of the best for their time."
+    caption = f"{caption} {_caption(points)}".strip()
     return Chart(_file_stem(f"{metric}-by-seconds"), title, caption, _described(spec, title))
 
 
@@ -297,10 +293,12 @@ def _point(point: Point, x: object) -> dict[str, Any]:
 
 
 def _scatter(values: list[dict[str, Any]], x: dict[str, Any], metric: str) -> dict[str, Any]:
-    y = {**_axis("value", metric), "scale": {"zero": False}}
+    values = _thinned(values)
+    y = {**_axis("value", metric), "scale": {"zero": False, "nice": True}}
     names = list(dict.fromkeys(value["series"] for value in values))
     color = _color(names) if names != [""] else {"value": COLORS[0]}
     bars = {
+        "data": {"values": [value for value in values if value["low"] < value["high"]]},
         "mark": {"type": "rule", "strokeWidth": 1.5},
         "encoding": {"x": x, "y": {**y, "field": "low"}, "y2": {"field": "high"}, "color": color},
     }
@@ -311,8 +309,16 @@ def _scatter(values: list[dict[str, Any]], x: dict[str, Any], metric: str) -> di
     return {"data": {"values": values}, "layer": [bars, dots]}
 
 
+def _thinned(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return at most ``_MAX_POINTS`` evenly spaced values."""
+    return values[:: -(-len(values) // _MAX_POINTS)] if len(values) > _MAX_POINTS else values
+
+
 def _caption(points: Sequence[Point]) -> str:
-    return "Bars: ± standard deviation over seeds." if any(point.sd for point in points) else ""
+    parts = ["Bars: ± standard deviation over seeds."] if any(point.sd for point in points) else []
+    if len(points) > _MAX_POINTS:
+        parts.append(f"An even selection of {len(points):,} groups.")
+    return " ".join(parts)
 
 
 def _axis(field: str, title: str) -> dict[str, Any]:
@@ -321,7 +327,7 @@ def _axis(field: str, title: str) -> dict[str, Any]:
 
 def _color(names: Sequence[str], symbol: str = "stroke") -> dict[str, Any]:
     colors = [COLORS[i % len(COLORS)] for i in range(len(names))]
-    legend = {"title": None, "orient": "top", "labelLimit": 180, "columns": 3, "symbolType": symbol}
+    legend = {"title": None, "orient": "top", "labelLimit": 180, "columns": 3, "columnPadding": 14, "symbolType": symbol}
     return {
         "field": "series",
         "type": "nominal",

@@ -125,7 +125,7 @@ def _write_page(
 
     place = _place(runs, options)
     if len(runs) > 1:
-        page = runs_page(result, runs, place.resolve().name)
+        page = runs_page(result, runs, common_parent([run.path for run in runs]).name)
     else:
         distances, why = _distances(runs[0], options, listener)
         page = run_page(runs[0], distances, why)

@@ -245,23 +245,30 @@ def _train(training: _Training, listener: Listener) -> TrainResult:
     output = training.output
     if training.checkpoint is not None:
         restore_student(run.student, training.checkpoint)
+    from distillm_cli.runs.plan import step_flops  # not at the top: it imports models, which rows do not need
+
+    flops = world().broadcast(partial(step_flops, run))
     report = Report(run, output / output_dir.EVAL / "report", listener)
     trainer = _trainer(training, report, listener)
     if (stop := received_signal()) is not None:  # an interrupt that a library swallowed while the run was prepared
         raise stop
     try:
-        return _finish(training, trainer, report, listener)
+        return _finish(training, trainer, report, flops, listener)
     finally:
         trainer.student_loss.release()
 
 
-def _finish(training: _Training, trainer: Trainer, report: Report, listener: Listener) -> TrainResult:
-    """Train to the end, restore the best weights, measure the models and publish the student."""
+def _finish(
+    training: _Training, trainer: Trainer, report: Report, flops: Mapping[str, float], listener: Listener
+) -> TrainResult:
+    """Train to the end, restore the best weights, measure the models and publish the student.
+
+    flops: of a step, by source.
+    """
+    from distillm_cli.runs.plan import training_flops
+
     run = training.run
     output = training.output
-    from distillm_cli.runs.plan import step_flops, training_flops  # imports what is not needed before the first step
-
-    flops = step_flops(run)
     state = trainer.train()
     if trainer.checkpoints is not None and state.best_step not in (None, state.step):
         best = read_checkpoint(trainer.checkpoints.path(state.best_step))

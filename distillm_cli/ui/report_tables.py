@@ -12,7 +12,7 @@ from rich.text import Text
 from distillm_cli.runs.run_results import GroupScore, ReportResult, RunGroup
 from distillm_cli.training.events import Note
 from distillm_cli.ui.display import GOOD
-from distillm_cli.ui.summary import NOT_AVAILABLE, outcome_table, table
+from distillm_cli.ui.summary import NOT_AVAILABLE, facts, outcome_table, table
 from distillm_cli.utils.text import counted, format_percent
 
 _MAX_SETTINGS = 6  # columns of settings on a terminal
@@ -32,8 +32,14 @@ def report_tables(result: ReportResult) -> Iterator[RenderableType | Note]:
         cells += [_cost(name, getattr(group, name)) for name in costs]
         rows.append(cells)
     if result.outcomes:
-        yield outcome_table(result.outcomes, title="Held-out rows")
-    yield table(counted(sum(len(group.names) for group in result.groups), "run"), columns, rows)
+        yield outcome_table(result.outcomes, title=result.groups[0].names[0])
+        suites = [name for name in result.metrics if " " in name]
+        if suites:
+            scores = result.groups[0].scores
+            yield facts("Evaluations", [(result.titles[name], scores[name].text) for name in suites])
+        yield facts("Training", [(_COSTS[name], _cost(name, getattr(result.groups[0], name))) for name in costs])
+        return
+    yield table(counted(sum(len(group.names) for group in result.groups), "run"), columns, rows, turns=True)
     yield _legend(result)
 
 
@@ -61,7 +67,7 @@ def _title(group: RunGroup) -> str:
 def _score_cell(score: GroupScore | None, is_best: bool) -> Text | str | None:
     if score is None or not is_best:
         return None if score is None else score.text
-    return Text(f"{score.text} {_BEST}", f"bold {GOOD}")
+    return Text(f"{_BEST} {score.text}", f"bold {GOOD}")
 
 
 def _cost(name: str, value: float | None) -> str | None:

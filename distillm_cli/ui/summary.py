@@ -43,7 +43,7 @@ _TRAINING = ("sft", "distill")
 CELL_LINES, STACKED_CELL_LINES = 5, 3  # approximate height of the samples table; longer text is cropped
 MAX_CELL_WIDTH = 40  # columns that the length of a sample's text is computed from
 MAX_PROMPT_LENGTH = 80  # maximum length of a prompt in a command
-_NUMBER = re.compile(r"[−+-]?[\d.,]+%?( ± [\d.,]+)?")
+_NUMBER = re.compile(r"(\* )?[−+-]?[\d.,]+%?( ± [\d.,]+)?")
 SOURCE_WORDS = {
     "dataset": ("data set rows", "data set rows"),
     "teacher": ("teacher samples", "teacher samples"),
@@ -262,8 +262,10 @@ class _WideOrNarrow:
         yield self.wide if fits else self.narrow
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> RenderableType:
-    """Return a table of text and figures. If the columns do not fit, each row becomes a block.
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], *, turns: bool = False
+) -> RenderableType:
+    """Return a table of text and figures. If the columns do not fit, each row becomes a column (``turns``) or a block.
 
     Floats have three decimals, None is –. Cells may be Rich texts; strings are not parsed as markup. A column that has only
     figures (such as ``25.39 ± 0.31``) is aligned to the right.
@@ -280,7 +282,15 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) 
         wide.add_row(*cells)
         for name, cell in zip(columns, cells, strict=True):
             narrow.add_row(Text(name), cell, end_section=name == columns[-1])
-    return _WideOrNarrow(wide, narrow)
+    if not turns:
+        return _WideOrNarrow(wide, narrow)
+    turned = _frame(title, header=False)
+    turned.add_column(style="dim", no_wrap=True)
+    for _ in rows:
+        turned.add_column(justify="right")
+    for i, name in enumerate(columns):
+        turned.add_row(Text(name), *(_cell(row[i]) for row in rows))
+    return _WideOrNarrow(wide, _WideOrNarrow(turned, narrow))
 
 
 def facts(title: str, rows: Sequence[tuple[str, object]]) -> RenderableType:

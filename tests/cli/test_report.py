@@ -28,8 +28,8 @@ def test_report_prints_a_table_with_the_best_marked(runs, capsys):
     head, first, second = out.splitlines()[1:4]
     assert head.split()[:2] == ["run", "objective.alpha"]
     assert first.startswith("a0.3")
-    assert "30.00 *" in first
-    assert "10.00 *" not in second
+    assert "* 30.00" in first
+    assert "* 10.00" not in second
 
 
 def test_report_of_one_run_compares_before_and_after(runs, capsys):
@@ -50,6 +50,10 @@ def test_formats_have_the_same_figures(runs, capsys):
 
 def test_one_format_at_a_time(runs, capsys):
     assert_error(call(capsys, "report", runs, "--csv", "--json"), "usage.exclusive_options", "--csv")
+
+
+def test_number_of_rows_is_checked(runs, capsys):
+    assert_error(call(capsys, "report", runs, "--rows", "-1", "--json"), "usage.invalid_value", "--rows")
 
 
 def test_nothing_to_report_is_an_error(tmp_path, capsys):
