@@ -54,7 +54,7 @@ def check_trackers(names: Iterable[str]) -> None:
 class RunTrackers:
     """Log the events of a run, and pass them on to ``listener``.
 
-    names: of the trackers. log_steps: number of steps between two logged ones. resume: continue the trackers' runs.
+    names: of the trackers. output: directory of the run. resolved: its recipe. resume: continue the trackers' runs.
     """
 
     names: tuple[str, ...]
@@ -91,9 +91,8 @@ class RunTrackers:
         elif isinstance(event, Validated):
             # That of the initial student may come after later steps, and trackers keep the order of steps.
             group = "before training" if event.step < self._last_step else "valid"
-            self._log(
-                group, {"loss": event.valid_loss, "phi": event.phi, **event.scores}, max(event.step, self._last_step)
-            )
+            figures = {"loss": event.valid_loss, "phi": event.phi, **event.scores}
+            self._log(group, figures, max(event.step, self._last_step))
         elif isinstance(event, Alarmed):
             self._log("alarm", {event.name: 1}, event.step)
 
@@ -103,7 +102,7 @@ class RunTrackers:
         for name, tracker in list(self.trackers.items()):
             if result.samples:
                 self._attempt(name, partial(_SAMPLES[name], tracker, *_table(result.samples), result.steps))
-            self._attempt(name, partial(_ARTIFACTS[name], tracker, files, self.output.name))
+            self._attempt(name, partial(_ARTIFACTS[name], tracker, files, self.output.resolve().name))
 
     def _start(self) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
