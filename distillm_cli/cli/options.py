@@ -411,7 +411,7 @@ Track = Annotated[
         "--track",
         metavar="NAME",
         callback=check_named,
-        help="Also log to an experiment tracker: wandb, trackio, tensorboard, mlflow. May be repeated.",
+        help="Also log to a tracker: wandb, trackio, tensorboard, mlflow.",
         autocompletion=lambda incomplete: _completed(incomplete, ["wandb", "trackio", "tensorboard", "mlflow"]),
         rich_help_panel=OUTPUT_PANEL,
     ),
@@ -422,7 +422,7 @@ Push = Annotated[
         "--push",
         metavar="NAME",
         callback=check_named,
-        help="Upload the output directory to this repository of the Hugging Face hub, private if it is new.",
+        help="Upload the output directory to this repository of the hub.",
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]
@@ -431,7 +431,7 @@ PushDryRun = Annotated[
     typer.Option(
         "--push-dry-run",
         metavar="",
-        help="With --push: only list the files that would be uploaded.",
+        help="With --push: only list the files to upload.",
         rich_help_panel=OUTPUT_PANEL,
     ),
 ]

@@ -640,8 +640,8 @@ class TrainConfig(Section):
     )
     on_alarm: Literal["warn", "stop"] = Field(
         "warn",
-        description="Reaction to an alarm (docs/training.md): print a warning, or stop the run. A checkpoint of the first "
-        "alarm is kept.",
+        description="Reaction to an alarm. warn: print it. stop: stop the run, with a checkpoint (docs/training.md). The "
+        "checkpoint of the first alarm is kept.",
     )
     save_steps: Positive | Literal["epoch"] = Field("epoch", description="Number of steps between two checkpoints.")
     keep: Count = Field(

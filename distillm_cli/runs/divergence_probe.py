@@ -15,7 +15,7 @@ from distillm_cli.training.state import RunInfo
 from distillm_cli.training.validation import DivergenceProbe, sample_rows
 from distillm_cli.types import Sequence, collate, length_groups
 
-_ROWS, _TOKENS = 16, 256  # least size of the sample
+_ROWS, _TOKENS = 16, 128  # least size of the sample
 
 
 def divergence_probe(run: Prepared, info: RunInfo) -> DivergenceProbe | None:

@@ -64,13 +64,15 @@ def push_output(output: Path, name: str, listener: Listener, *, dry_run: bool) -
         message = f"Upload {output.resolve().name}"
         api.upload_folder(repo_id=address.repo_id, folder_path=output, allow_patterns=names, commit_message=message)
     except Exception as error:
-        reason = " ".join(redact(str(error)).split())[:300]
+        reason = " ".join(redact(str(error)).split())
         if (token := get_token()) is not None:
             reason = reason.replace(token, "…")
         left_out = " ".join(f"--exclude {shlex.quote(pattern)}" for pattern in _LEFT_OUT)
         command = f"hf upload {shlex.quote(name)} {shlex.quote(str(output))} . --private {left_out}"
         listener(
-            Warned(f"nothing was uploaded to {name}: {type(error).__name__}: {reason}; upload it later: {command}")
+            Warned(
+                f"nothing was uploaded to {name}: {type(error).__name__}: {reason[:300]}; upload it later: {command}"
+            )
         )
         return None
     listener(Note(f"Uploaded {what} to {address}"))

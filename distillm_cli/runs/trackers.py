@@ -7,9 +7,9 @@ that fails during the run is dropped with a warning, and the run goes on.
 
 from __future__ import annotations
 
+import io
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ from uuid import uuid4
 from distillm_cli.errors import UsageError
 from distillm_cli.runs import output_dir
 from distillm_cli.training.distributed import world
-from distillm_cli.training.events import STEP_KEYS, Alarmed, Event, Listener, Stepped, Validated, Warned
+from distillm_cli.training.events import STEP_KEYS, Alarmed, Event, Listener, Note, Stepped, Validated, Warned
 from distillm_cli.utils import manifest
 from distillm_cli.utils.storage import atomic_write
 from distillm_cli.utils.text import redact
@@ -54,7 +54,7 @@ def check_trackers(names: Iterable[str]) -> None:
 class RunTrackers:
     """Log the events of a run, and pass them on to ``listener``.
 
-    names: of the trackers. log_steps: number of steps between two logged ones. resume: continue the trackers' runs.
+    names: of the trackers. output: directory of the run. resolved: its recipe. resume: continue the trackers' runs.
     """
 
     names: tuple[str, ...]
@@ -91,9 +91,8 @@ class RunTrackers:
         elif isinstance(event, Validated):
             # That of the initial student may come after later steps, and trackers keep the order of steps.
             group = "before training" if event.step < self._last_step else "valid"
-            self._log(
-                group, {"loss": event.valid_loss, "phi": event.phi, **event.scores}, max(event.step, self._last_step)
-            )
+            figures = {"loss": event.valid_loss, "phi": event.phi, **event.scores}
+            self._log(group, figures, max(event.step, self._last_step))
         elif isinstance(event, Alarmed):
             self._log("alarm", {event.name: 1}, event.step)
 
@@ -103,7 +102,7 @@ class RunTrackers:
         for name, tracker in list(self.trackers.items()):
             if result.samples:
                 self._attempt(name, partial(_SAMPLES[name], tracker, *_table(result.samples), result.steps))
-            self._attempt(name, partial(_ARTIFACTS[name], tracker, files, self.output.name))
+            self._attempt(name, partial(_ARTIFACTS[name], tracker, files, self.output.resolve().name))
 
     def _start(self) -> None:
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -114,7 +113,7 @@ class RunTrackers:
             run_id = ids.setdefault(name, uuid4().hex) if name != "mlflow" else ids.get(name)
             tracker = LOGGER_TYPE_TO_CLASS[name](**self._arguments(name, run_id))
             try:
-                with redirect_stdout(sys.stderr):  # stdout is for results
+                with redirect_stdout(io.StringIO()):  # stdout is for results
                     tracker.start()
                     tracker.store_init_configuration(self._settings())
             except Exception as error:
@@ -125,6 +124,7 @@ class RunTrackers:
                 ids[name] = tracker.tracker.info.run_id
             self.trackers[name] = tracker
         atomic_write(self.output / _IDS, json.dumps(ids) + "\n")
+        self.listener(Note(f"Logging to {', '.join(self.names)}"))
 
     def _claim(self) -> None:
         """List what the trackers write into the output directory, so that ``--overwrite`` removes it."""
@@ -169,7 +169,7 @@ class RunTrackers:
 
     def _attempt(self, name: str, log: Callable[[], object]) -> None:
         try:
-            with redirect_stdout(sys.stderr):
+            with redirect_stdout(io.StringIO()):
                 log()
         except Exception as error:
             del self.trackers[name]

@@ -126,14 +126,19 @@ def entropy_collapse(history: History) -> Problem | None:
 def loss_stuck(history: History) -> Problem | None:
     """Find a run of which half is done and in which nothing moves: neither loss nor validation nor agreement.
 
-    A loss that rises with the learning rate and falls later is normal for a student that was trained before.
+    A loss that rises with the learning rate and falls later is normal for a student that was trained before. Figures of
+    steps are of different rows, so they may differ more than validations, if there are any.
     """
     if history.progress < 0.5:
         return None
     names = sorted({name for window in history.windows for name in window if name.startswith(LOSS)})
     measured = [series for series in map(history.series, names) if len(series) >= 9]
-    figures = [*measured, history.validation_series("valid_loss"), history.series("acceptance")]
-    if not measured or not all(map(_is_flat, figures)):
+    held_out = history.validation_series("valid_loss")
+    accepted = history.series("acceptance")
+    tolerance = 0.05 if len(held_out) > 2 else 0.01
+    if not measured or not all(_is_flat(series, tolerance) for series in [*measured, accepted]):
+        return None
+    if not _is_flat(held_out, 0.01) or (accepted and accepted[-1] > 0.9):
         return None
     first, last = _mean(measured[0][:3]), _mean(measured[0][-3:])
     return (
@@ -142,14 +147,14 @@ def loss_stuck(history: History) -> Problem | None:
     )
 
 
-def _is_flat(values: list[float]) -> bool:
-    """Return whether the means of the first, the middle and the last third differ by less than 1 %."""
+def _is_flat(values: list[float], tolerance: float) -> bool:
+    """Return whether the means of the first, the middle and the last third differ by less than a share of them."""
     if len(values) < 2:
         return True
     third = -(-len(values) // 3)
     middle = (len(values) - third) // 2
     means = [_mean(part) for part in (values[:third], values[middle : middle + third], values[-third:])]
-    return max(means) - min(means) < 0.01 * max(map(abs, means))
+    return max(means) - min(means) < tolerance * max(map(abs, means))
 
 
 @register_alarm("models_differ")

@@ -24,7 +24,7 @@ from distillm_cli.training.distributed import world
 from distillm_cli.training.recovery import MicroBatch
 from distillm_cli.types import Rollout, Sequence
 
-SAMPLE_TOKENS = 256  # of a step, evenly spaced
+SAMPLE_TOKENS = 128  # of a step, evenly spaced
 
 
 class StepHealth:

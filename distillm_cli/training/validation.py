@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, nullcontext
@@ -106,12 +107,16 @@ class DivergenceProbe(RowProbe):
     """Measure both KL divergences between teacher and student on a sample of the validation rows."""
 
     def measure(self, student_loss: StudentLoss) -> dict[str, float | None]:
-        """Return the figures by name, means per token in nats. The caller sets evaluation mode and ``no_grad``."""
+        """Return the figures by name, means per token in nats; None for an infinite one (of suppressed tokens).
+
+        The caller sets evaluation mode and ``no_grad``.
+        """
         divergences = {"kl_teacher_student": KL(), "kl_student_teacher": ReverseKL()}
-        return {
+        means = {
             name: self.mean(student_loss, self.rows, LossWeights(1.0, 0.0, divergence))
             for name, divergence in divergences.items()
         }
+        return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
 
 
 class ScheduleProbe(RowProbe):

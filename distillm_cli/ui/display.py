@@ -78,6 +78,7 @@ class RunState:
         self.grad_norm = 0.0
         self.figures: dict[str, float] = {}
         self.health: dict[str, float] = {}  # the latest of each figure
+        self.divergences: tuple[float, float] | None = None  # KL and reverse KL of the last validation
         self.memory = Memory()
         self._moment = 0.0
         self._weight = 0.0
@@ -122,6 +123,8 @@ class RunState:
         self.valid_loss = event.valid_loss
         self.phi = event.phi
         self.trigger = event.trigger
+        forward, reverse = event.scores.get("kl_teacher_student"), event.scores.get("kl_student_teacher")
+        self.divergences = None if forward is None or reverse is None else (forward, reverse)
         if self.first_valid is None:
             self.first_valid = (event.valid_loss, event.step)
         if self.best is None or event.valid_loss < self.best[0]:
@@ -188,7 +191,7 @@ def render_display(
     shown = [task for task in tasks.values() if now - task.started >= min_seconds]
     if run is None:
         return Padding(_tasks(shown, now), (0, 2)) if shown else Group()
-    if height < (10 if width >= WIDE else 13) + len(_health(run.health)) + 4:
+    if height < (10 if width >= WIDE else 13) + len(_health(run.health)) + (run.divergences is not None) + 4:
         return Padding(_progress(run, now, width), (0, 2))
     return _panel(run, shown, now, width)
 
@@ -264,26 +267,29 @@ def _progress(run: RunState, now: float, width: int) -> RenderableType:
 def _main_figures(run: RunState, width: int) -> list[tuple[str, Text]]:
     """Return labels and values, the values at most ``width`` columns wide."""
     rows = [(run.started.loss, _loss(run, width)), (run.valid_label, _valid(run))]
+    if run.divergences is not None:
+        forward, reverse = run.divergences
+        rows.append(("valid KL", Text(f"{forward:.3f} · reverse {reverse:.3f}")))
     rows += [(name, Text(f"{figure:.3f}")) for name, figure in run.figures.items()]
+    rows += _health(run.health)
     if run.started.has_phi and run.started.method != "sft":
         filled = round(run.phi * 10)
         gauge = Text.assemble(f"{run.phi:.2f} ", ("▰" * filled, "magenta"), ("▱" * (10 - filled), "dim"))
         rows.append(("φ", gauge.append(_trigger(run), "dim")))
     if run.shows_sources:
         rows.append(("sources", stacked_bar(run.shares(), min(width, CURVE_POINTS + 7))))
-    return rows + _health(run.health)
+    return rows
 
 
 def _health(health: Mapping[str, float]) -> list[tuple[str, Text]]:
     """Return the lines of student outputs and of the agreement with the teacher, once they were measured."""
     rows = []
     if "rollout_length" in health:
-        parts = [f"{health['rollout_length']:.0f} tokens (90%: {health['rollout_length_p90']:.0f})"]
+        parts = [f"{health['rollout_length']:.0f} tokens, p90 {health['rollout_length_p90']:.0f}"]
         parts += [f"{format_percent(health['rollout_cut'])} cut"] if "rollout_cut" in health else []
-        parts += [f"distinct-2 {health['rollout_distinct2']:.2f}"] if "rollout_distinct2" in health else []
         rows.append(("outputs", Text(" · ".join(parts))))
     if "acceptance" in health:
-        top = f"top 16 {format_percent(health['top16_overlap'])}"
+        top = f"top 16 {format_percent(health['top16_overlap'])}, mass {health['top16_mass']:.2f}"
         rows.append(("agreement", Text(f"acceptance {format_percent(health['acceptance'])} · {top}")))
     if "student_entropy" in health:
         teacher = f" · teacher {health['teacher_entropy']:.2f}" if "teacher_entropy" in health else ""
@@ -326,6 +332,12 @@ def _side_figures(run: RunState) -> list[tuple[str, Text]]:
         ("lr", Text(f"{run.lr:.1e}" if run.sources else "–")),
         ("grad norm", Text(f"{run.grad_norm:.3g}" if run.sources else "–")),
     ]
+    if (sampling := run.health.get("sampling_tokens_per_second")) is not None:
+        rows.insert(1, ("sampled/s", Text(format_count(sampling))))
+    if "rollout_distinct2" in run.health:
+        rows.append(("distinct", Text(f"{run.health['rollout_distinct2']:.2f}")))
+    if "replay_age" in run.health:
+        rows.append(("age", Text(f"{run.health['replay_age']:.0f} steps")))
     sizes = (("memory", run.memory.process), ("GPU", run.memory.gpu))
     return rows + [(name, Text(f"{format_count(size)}B")) for name, size in sizes if size is not None]
 

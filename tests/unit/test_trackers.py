@@ -52,7 +52,7 @@ def test_tensorboard_has_figures_recipe_samples_and_files(tmp_path):
     start = [Validated(0, 3.0, 0.0), Validated(4, 2.0, 0.0, scores={"kl_teacher_student": 0.5, "spearman": None})]
     events = [*steps(1, 5), *start, Alarmed(4, "outputs_cut", "most are cut", "raise it"), *steps(5, 7)]
     passed_on, found = logged(tmp_path, events)
-    assert passed_on == events
+    assert passed_on == [Note("Logging to tensorboard"), *events]
 
     def scalars(name):
         return [(point.step, pytest.approx(point.value)) for point in found.Scalars(name)]
