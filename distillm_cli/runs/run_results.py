@@ -98,6 +98,7 @@ class TrainResult:
 
     report: ``valid_loss`` and scores by model ("student_after", "teacher", …). teacher_cache, teacher_tokens: None
     without a teacher. baselines: of ``--compare``. findings: of the checks before the first step, empty after a resume.
+    mixture: the sources of a mixture with their shares of an epoch (``source_shares.source_figures``).
     """
 
     command: str
@@ -126,6 +127,7 @@ class TrainResult:
     teacher_tokens: int | None = None
     baselines: tuple[Baseline, ...] = ()
     findings: tuple[Mapping[str, str], ...] = ()
+    mixture: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def samples(self) -> tuple[Sample, ...]:
@@ -155,6 +157,7 @@ class TrainResult:
         found: dict[str, Any] = {"command": self.command, "status": "ok", "output": str(self.output)}
         left_out = {"summary", "baselines"}
         left_out |= {"teacher_cache", "teacher_tokens"} if self.teacher_cache is None else set()
+        left_out |= set() if self.mixture else {"mixture"}
         for item in fields(self):
             if item.name not in found and item.name not in left_out:
                 found[item.name] = getattr(self, item.name)
