@@ -64,9 +64,6 @@ _OF_TOKENS = UsedWhen({"disco.enabled": (False,)}, of_method=False)
 _ATTACK = UsedWhen({"eval.attack": ("fgsm", "pgd")}, of_method=False)
 _ATTACK_STEPS = UsedWhen({"eval.attack": ("pgd",)}, of_method=False)
 _BUILTIN = {"data.source": ("builtin",)}
-_OF_MIXTURE = {
-    "data.sources": Condition("with builtin", ({"source": "builtin"},), lambda found: "builtin" in _names(found))
-}
 _SERVER = Condition("that is given", "http://127.0.0.1:8000", lambda url: url is not None)
 _RANK = Condition("that is given", 16, lambda rank: rank is not None)
 _ALONE = UsedWhen({"data.sources": Condition("that is empty", (), lambda found: not found)}, of_method=False)
@@ -96,11 +93,6 @@ def chosen(value: _Number | Auto) -> _Number:
     if isinstance(value, str):
         raise ValueError("this recipe has numbers that are auto; fit it to its models first")
     return value
-
-
-def _names(sources: Any) -> list[Any]:
-    """Return the names of the sources of a mixture, as a recipe or a file of one has them."""
-    return [getattr(source, "source", source) for source in sources or ()]
 
 
 def _may_have_revision(model: Any) -> bool:
@@ -331,6 +323,14 @@ class SourceConfig(Section):
     @classmethod
     def _read_name(cls, value: Any) -> Any:
         return {"source": value} if isinstance(value, str) else value
+
+
+def _has_builtin(sources: Any) -> bool:
+    """Return whether a mixture, as a recipe or a file of one has it, includes the builtin rows."""
+    return any(getattr(source, "source", source) == "builtin" for source in sources or ())
+
+
+_OF_MIXTURE = {"data.sources": Condition("with builtin", (SourceConfig(source="builtin"),), _has_builtin)}
 
 
 class DataConfig(Section):

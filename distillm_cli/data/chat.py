@@ -149,7 +149,11 @@ class ChatTemplate:
 
     def adds_generation_prompt(self, row: Any) -> bool:
         """Return whether the prompt differs from the row's messages alone. Raises as ``prompt`` does."""
-        return self.prompt(row) != self._write(row, self._messages(row))
+        prompt = self.prompt(row)
+        try:
+            return prompt != self._write(row, self._messages(row))
+        except DataError:  # a template that requires an answer after a question
+            return True
 
     def text(self, row: Any) -> Text | None:
         """Return the row's conversation with the answers to supervise, None without such answers.

@@ -124,8 +124,10 @@ class JoinedRows(SequenceOf[Row]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         i = range(len(self))[index]
-        part = int(np.searchsorted(self._ends, i, side="right"))
-        return self.parts[part][i - int(self._ends[part])]
+        number = int(np.searchsorted(self._ends, i, side="right"))
+        part = self.parts[number]
+        start = int(self._ends[number]) - len(part)
+        return part[i - start]
 
     def __iter__(self) -> Iterator[Row]:
         return chain.from_iterable(self.parts)
@@ -196,9 +198,9 @@ def with_template(rows: SequenceOf[Row], template: str | None) -> SequenceOf[Row
     """Return the rows with a template of their own; None leaves them to the template of the run."""
     if template is None:
         return rows
-    return (
-        rows.with_template(template) if isinstance(rows, StoredRows) else [replace(r, template=template) for r in rows]
-    )
+    if isinstance(rows, StoredRows):
+        return rows.with_template(template)
+    return [replace(row, template=template) for row in rows]
 
 
 def _key_digest(row: Row) -> tuple[int, int]:

@@ -30,7 +30,7 @@ def with_teacher_prompts(
     """Return the examples with the prompts that the teacher sees. Rows that do not fit the teacher's side are dropped.
 
     encoder: of the teacher's side. context: positions of both models. name: of the rows, for messages. Raises DataError if
-    no row is left.
+    no row is left, or none of a source of a mixture.
     """
     assert isinstance(examples.sequences, PackedSequences)
     ids = io.BytesIO()
@@ -54,7 +54,9 @@ def with_teacher_prompts(
             kept.append(i)
             packer.append(Sequence(seen.prompt, _NO_TOKENS, turns=seen.turns))
             unlike += not np.array_equal(own.response[:-1], seen.response[: len(own.response) - 1])
-    if not kept:
+    places = np.array(kept, dtype=np.int64)
+    sizes = np.diff(np.searchsorted(places, np.cumsum(examples.part_sizes)), prepend=0).tolist()
+    if not kept or 0 in sizes:
         what = "no row fits the teacher's template"
         if unaligned:
             what = "the earlier answers of no row have the same tokens in the teacher's template"
@@ -63,10 +65,7 @@ def with_teacher_prompts(
         )
     _report(len(examples) - len(kept), unaligned, unlike, len(examples), name, listener)
     seen_prompts = PackedSequences(as_int32(ids), packer.sizes_S3, as_int32(turns), packer.digest)
-    places = np.array(kept, dtype=np.int64)
     view = SequenceView([examples.sequences], np.stack((np.zeros_like(places), places), axis=1), seen_prompts)
-    ends = np.cumsum(examples.part_sizes)
-    sizes = np.diff(np.searchsorted(places, ends), prepend=0).tolist()
     return replace(
         examples,
         sequences=view,

@@ -16,7 +16,7 @@ from distillm_cli.config.derived import ptp_stage_recipe, sft_stage_recipe
 from distillm_cli.config.load import Resolved
 from distillm_cli.config.schema import AdapterConfig, DataConfig, Dtype, Recipe, chosen
 from distillm_cli.config.student_spec import BuiltinModel, ConfigFile, SavedModel, parse_student
-from distillm_cli.data.batching import Examples, MixedOrder, by_source, steps_of_tokens, steps_per_epoch, tokenize
+from distillm_cli.data.batching import Examples, by_source, steps_of_tokens, steps_per_epoch, tokenize
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Rows, is_path, load_rows, local_path
 from distillm_cli.data.templates import resolve_auto_template
@@ -528,10 +528,8 @@ def read_if_available(read: Callable[[], _T], *sources: str) -> tuple[_T | None,
 
 
 def _row_figures(recipe: Recipe, rows: Rows, examples: Examples) -> dict[str, Any]:
-    order = new_order(recipe, examples)
-    mixture = {}
-    if isinstance(order, MixedOrder):
-        mixture = {"sources": source_figures(recipe.data, examples, order)}
+    sources = source_figures(recipe.data, examples, new_order(recipe, examples))
+    mixture = {"sources": sources} if sources else {}
     return {
         "source": rows.name,
         "rows": len(rows),

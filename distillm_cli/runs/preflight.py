@@ -240,8 +240,8 @@ def _rendered_differently(run: Prepared, rows: SequenceOf[Row]) -> str | None:
             continue
         try:
             own, other = (encoder.renderer.prompt(row) for encoder in encoders)
-        except DataError:  # one of them refuses the row
-            return row.where
+        except (DataError, ModelError):  # one of them refuses the row
+            return row.where or "the first row"
         if own != other:
             return row.where or "the first row"
     return None
@@ -300,9 +300,8 @@ def _rows(run: Prepared) -> Iterator[Finding]:
         yield _shared("data.duplicates", what, name, repeated / count, "remove duplicates")
     if run.overlap:
         valid = len(run.valid_rows)
-        what = (
-            f"{run.overlap:,} of {counted(valid, 'held-out row')} have the prompt of a training row: they look too good"
-        )
+        shared = f"{run.overlap:,} of {counted(valid, 'held-out row')}"
+        what = f"{shared} have the prompt of a training row, so that validation looks too good"
         cure = "set others with --set data.valid=FILE"
         yield _shared("data.overlap", what, name, run.overlap / valid, cure, reported=True)
     if run.recipe.needs_responses:

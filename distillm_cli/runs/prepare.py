@@ -257,9 +257,10 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
     if teacher_encoder is not None:
         train = with_teacher_prompts(train, teacher_encoder, context, listener, str(train_rows))
         valid = with_teacher_prompts(valid, teacher_encoder, context, listener, str(valid_rows))
-    if isinstance(order := new_order(recipe, train), MixedOrder):
-        described = ", ".join(map(described_source, source_figures(data, train, order)))
-        listener(Note(f"an epoch has {counted(sum(order.counts), 'row')}: {described}"))
+    if sources := source_figures(data, train, new_order(recipe, train)):
+        rows_per_epoch = sum(source["rows_per_epoch"] for source in sources)
+        described = ", ".join(map(described_source, sources))
+        listener(Note(f"an epoch has {counted(rows_per_epoch, 'row')}: {described}"))
     for model in pair.models.values():
         add_stop_tokens(model, sorted(train.end_ids - encoder.end_ids), after=True)
     if recipe.train.gradient_checkpointing:

@@ -101,6 +101,7 @@ class TrainResult:
     without a teacher. baselines: of ``--compare``. findings: of the checks before the first step, empty after a resume.
     flops: estimate for the steps. energy_j: of the processors in J, with the stages before; None without counters.
     alarms: ``alarm``, ``step``, ``message`` and ``cure`` of each. pushed: address that ``--push`` uploaded the directory to.
+    mixture: the sources of a mixture with their shares of an epoch (``source_shares.source_figures``).
     """
 
     command: str
@@ -134,6 +135,7 @@ class TrainResult:
     machine: Mapping[str, str] = field(default_factory=dict)
     alarms: tuple[Mapping[str, Any], ...] = ()
     pushed: str | None = None
+    mixture: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def samples(self) -> tuple[Sample, ...]:
@@ -164,6 +166,7 @@ class TrainResult:
         left_out = {"summary", "baselines"}
         left_out |= {"teacher_cache", "teacher_tokens"} if self.teacher_cache is None else set()
         left_out |= {"pushed"} if self.pushed is None else set()
+        left_out |= set() if self.mixture else {"mixture"}
         for item in fields(self):
             if item.name not in found and item.name not in left_out:
                 found[item.name] = getattr(self, item.name)

@@ -6,7 +6,7 @@ from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 from distillm_cli.config.schema import DataConfig, SourceConfig
-from distillm_cli.data.batching import Examples, MixedOrder
+from distillm_cli.data.batching import Examples, MixedOrder, Order
 from distillm_cli.utils.text import redact
 
 
@@ -21,10 +21,12 @@ def wanted_rows(sources: SequenceOf[SourceConfig], sizes: SequenceOf[int]) -> li
     return [float(source.rows or size) for source, size in zip(sources, sizes, strict=True)]
 
 
-def source_figures(data: DataConfig, examples: Examples, order: MixedOrder) -> list[dict[str, Any]]:
-    """Return for each source its name, its examples, and its share of the rows of an epoch."""
+def source_figures(data: DataConfig, examples: Examples, order: Order) -> tuple[dict[str, Any], ...]:
+    """Return for each source of a mixture its name, its examples, and its share of the rows of an epoch."""
+    if not isinstance(order, MixedOrder):
+        return ()
     total = sum(order.counts)
-    return [
+    return tuple(
         {
             "source": redact(source.source),
             "rows": size,
@@ -33,4 +35,4 @@ def source_figures(data: DataConfig, examples: Examples, order: MixedOrder) -> l
             **({} if source.template is None else {"template": source.template}),
         }
         for source, size, count in zip(data.sources, examples.part_sizes, order.counts, strict=True)
-    ]
+    )

@@ -57,6 +57,7 @@ from distillm_cli.runs.resume import (
 )
 from distillm_cli.runs.run_results import FineTuned, Outcome, Sample, TrainResult, TrainSummary
 from distillm_cli.runs.server_checks import check_served_teacher, check_servers
+from distillm_cli.runs.source_shares import source_figures
 from distillm_cli.runs.stages import (
     PriorStage,
     StageCheckpoints,
@@ -439,6 +440,7 @@ def _result(
         summary=summary,
         findings=tuple(finding.as_json() for finding in training.findings),
         alarms=tuple(alarm.as_json() for alarm in trainer.alarms.raised),
+        mixture=source_figures(training.run.recipe.data, training.run.train, training.run.order),
         teacher_cache=None if teacher is None else teacher.facts(),
         teacher_tokens=None if teacher is None else teacher.teacher.total_tokens(),
     )

@@ -65,6 +65,11 @@ def test_resumed_run_is_the_uninterrupted_one(cli, monkeypatch):
     code, result, err = cli(*argv, "--output", "resumed", "--resume")
     assert (code, result["steps"]) == (0, 6), err
     assert_same_run("full", "resumed")
+    assert [(s["source"], s["share"]) for s in result["mixture"]] == [
+        ("g2p", 0.5),
+        ("banking77", 0.25),
+        ("dolly", 0.25),
+    ]
     other = [word.replace("weight: 2", "weight: 3") for word in argv]
     assert_error(cli(*other, "--output", "resumed", "--resume"), "checkpoint.changed", "data.sources")
     argv = [

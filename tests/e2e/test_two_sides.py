@@ -49,7 +49,7 @@ def test_teacher_is_as_good_as_with_its_own_template(cli, tmp_path):
     assert "template: plain" in err, "the student's"
 
 
-@pytest.mark.parametrize("method", ["distillm", "skd", "seqkd"])
+@pytest.mark.parametrize("method", ["distillm", "skd"])
 def test_resumed_run_with_two_sides_is_the_uninterrupted_one(cli, monkeypatch, method):
     argv = [
         "distill",
