@@ -186,7 +186,7 @@ def _write_plots(
         try:
             files = charts.draw_files(chart)
         except ImportError as error:
-            raise UsageError("usage.missing_extra", MISSING_EXTRA, where="--plots") from error
+            raise UsageError("usage.missing_package", MISSING_EXTRA, where="--plots") from error
         written += [_write(place / PLOTS, name, content) for name, content in files.items()]
     listener(Note(f"wrote {counted(len(written), 'file')} in {place / PLOTS}"))
     return written

@@ -62,4 +62,4 @@ def test_nothing_to_report_is_an_error(tmp_path, capsys):
 
 def test_plots_without_their_library_name_the_extra(runs, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vl_convert", None)
-    assert_error(call(capsys, "report", runs, "--plots", "--json"), "usage.missing_extra", "distillm[report]")
+    assert_error(call(capsys, "report", runs, "--plots", "--json"), "usage.missing_package", "distillm[report]")

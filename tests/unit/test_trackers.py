@@ -108,7 +108,7 @@ def test_unknown_tracker_is_reported(tmp_path):
 @pytest.mark.parametrize("name", [name for name in TRACKERS if find_spec(name) is None])
 def test_missing_package_names_its_extra_before_rows_are_read(name, tmp_path):
     options = TrainOptions(track=(name,))
-    with raises_code("usage.no_tracker", f"distillm[{name}]"):
+    with raises_code("usage.missing_package", f"distillm[{name}]"):
         start_training("distill", RESOLVED, tmp_path / "run", [].append, options)
     assert not (tmp_path / "run").exists()
 
