@@ -340,7 +340,8 @@ def _encoder(
     set_chat_template(pair, recipe.data_of("student"), listener, is_shared=not recipe.has_two_sides)
     set_languages(pair.tokenizer, recipe.data, pair.models.values())
     chosen: dict[str, tuple[str, str]] = {}
-    template = _chosen_template(recipe.data, pair, rows, listener)
+    is_used = None in (recipe.student.template, recipe.teacher.template)  # not if each side has its own
+    template = _chosen_template(recipe.data, pair, rows, listener) if is_used else None
     if template is not None:
         chosen["data.template"] = template
     if recipe.data.date is None:
