@@ -327,7 +327,14 @@ def _axis(field: str, title: str) -> dict[str, Any]:
 
 def _color(names: Sequence[str], symbol: str = "stroke") -> dict[str, Any]:
     colors = [COLORS[i % len(COLORS)] for i in range(len(names))]
-    legend = {"title": None, "orient": "top", "labelLimit": 180, "columns": 3, "columnPadding": 14, "symbolType": symbol}
+    legend = {
+        "title": None,
+        "orient": "top",
+        "labelLimit": 180,
+        "columns": 3,
+        "columnPadding": 14,
+        "symbolType": symbol,
+    }
     return {
         "field": "series",
         "type": "nominal",
