@@ -16,7 +16,7 @@ import torch
 from distillm_cli.config.explain import leaves
 from distillm_cli.config.load import resolve, with_resolved_values
 from distillm_cli.config.schema import Recipe
-from distillm_cli.errors import DistillmError, UsageError
+from distillm_cli.errors import DistillmError, UsageError, out_of_memory
 from distillm_cli.losses.plain import head_logits
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.loading import load_backbone
@@ -65,6 +65,10 @@ def distances_of_run(path: Path, listener: Listener, shown: int) -> tuple[list[R
         return world().broadcast(lambda: (_distances_of_run(path, listener, shown), ""))
     except DistillmError as error:
         return [], str(error)
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            return [], "there is not enough memory for both models"
+        raise
 
 
 def _distances_of_run(path: Path, listener: Listener, shown: int) -> list[RowDistances]:
