@@ -143,7 +143,7 @@ def token_entropies(
     return _token_values(hidden_ND, args)
 
 
-AGREEMENT = ("student_entropy", "teacher_entropy", "top16_overlap", "top16_mass", "acceptance")
+AGREEMENT_FIGURES = ("student_entropy", "teacher_entropy", "top16_overlap", "top16_mass", "acceptance")
 
 
 @torch.no_grad()
@@ -158,7 +158,7 @@ def token_agreement(
 ) -> Tensor:
     """Return the entropies of both models and their agreement at each position, [N, 5], without a graph.
 
-    The columns are ``AGREEMENT``: both entropies, nats; the share of the student's 16 most likely tokens that are among the
+    The columns are ``AGREEMENT_FIGURES``: both entropies, nats; the share of the student's 16 most likely tokens that are among the
     teacher's; the probability that the teacher gives to these shared tokens; and Σ min(p, q), which is 1 minus the total
     variation distance and the rate at which the teacher accepts the student's drafts in speculative decoding.
 
@@ -178,7 +178,7 @@ def token_agreement(
         None,
         False,
         losses=_agreement,
-        columns=len(AGREEMENT),
+        columns=len(AGREEMENT_FIGURES),
     )
     return _token_values(hidden_ND, args)
 

@@ -12,7 +12,7 @@ from distillm_cli.evaluation.metrics import Metric
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.pilot_plan import RUNGS, PilotPlan
 from distillm_cli.runs.pilot_record import PilotRecord, Trial
-from distillm_cli.runs.pilot_scores import Difference, paired_difference
+from distillm_cli.runs.pilot_scores import PairedDifference, paired_difference
 from distillm_cli.runs.run_results import PilotArm, PilotResult
 
 _LAST = len(RUNGS) - 1
@@ -117,17 +117,17 @@ class _Judge:
             return None
         return max(arms, key=lambda arm: (self.rung(arm), sign * self.trial(arm, self.rung(arm)).scores.figure))
 
-    def compare(self, first: Arm, second: Arm, rung: int) -> Difference:
+    def compare(self, first: Arm, second: Arm, rung: int) -> PairedDifference:
         """Return by how much the first arm is better, both after this rung."""
         scores = [self.trial(arm, rung).scores for arm in (first, second)]
         return paired_difference(*scores, lower_is_better=not self.metric.higher_is_better)
 
-    def versus(self, first: Arm, second: Arm) -> tuple[Difference, str]:
+    def versus(self, first: Arm, second: Arm) -> tuple[PairedDifference, str]:
         """Return by how much the first arm is better, after the last rung of both, and a clause with the figures."""
         rung = min(self.rung(first), self.rung(second))
         return self.versus_after(first, rung, second, rung)
 
-    def versus_after(self, first: Arm, rung: int, second: Arm, second_rung: int) -> tuple[Difference, str]:
+    def versus_after(self, first: Arm, rung: int, second: Arm, second_rung: int) -> tuple[PairedDifference, str]:
         """Return the same, after these rungs."""
         trials = [self.trial(first, rung), self.trial(second, second_rung)]
         difference = paired_difference(
@@ -174,7 +174,7 @@ def _after(rung: int) -> str:
     return "" if rung == _LAST else f", {RUNGS[rung]:.0%} of the steps"
 
 
-def _interval(difference: Difference) -> str:
+def _interval(difference: PairedDifference) -> str:
     """Describe a difference: "better by 1.20 (95 % interval 0.40 to 2.00)"."""
     word, sign = ("better", 1) if difference.mean >= 0 else ("worse", -1)
     low, high = sorted((sign * difference.low, sign * difference.high))

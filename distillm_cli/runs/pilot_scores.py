@@ -34,7 +34,7 @@ class RowScores:
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """Hold a difference of two figures with its 95 % interval. positive is better for the first."""
 
     mean: float
@@ -47,7 +47,7 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def paired_difference(first: RowScores, second: RowScores, *, lower_is_better: bool) -> Difference:
+def paired_difference(first: RowScores, second: RowScores, *, lower_is_better: bool) -> PairedDifference:
     """Return by how much the first model is better than the second, on the same rows.
 
     The interval is the percentile bootstrap over rows: both models have the same 2,000 resamples, with a fixed seed.
@@ -60,7 +60,7 @@ def paired_difference(first: RowScores, second: RowScores, *, lower_is_better: b
         return 100 * (counts_RN @ np.array(scores.numerators)) / (counts_RN @ np.array(scores.denominators))
 
     low, high = np.percentile(sign * (resampled(first) - resampled(second)), [2.5, 97.5])
-    return Difference(sign * (first.figure - second.figure), float(low), float(high))
+    return PairedDifference(sign * (first.figure - second.figure), float(low), float(high))
 
 
 class HeldOutScorer:

@@ -46,7 +46,9 @@ def check_trackers(names: Iterable[str]) -> None:
             )
         if find_spec(name) is None:
             raise UsageError(
-                "usage.missing_package", f"--track {name}: {name} is not installed", hint=f"pip install 'distillm[{name}]'"
+                "usage.missing_package",
+                f"--track {name}: {name} is not installed",
+                hint=f"pip install 'distillm[{name}]'",
             )
 
 

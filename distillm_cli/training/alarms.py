@@ -16,8 +16,8 @@ from typing import Any
 from distillm_cli.training.events import Alarmed, Event, Stepped, Validated
 
 WINDOWS = 40  # parts of a run; figures are means over the steps of a part
-MIN_STEPS = 40  # a shorter run is too noisy for alarms on its steps
-LOSS = "loss on "  # before the name of a source
+MIN_WATCHED_STEPS = 40  # a shorter run is too noisy for alarms on its steps
+LOSS_ON = "loss on "  # before the name of a source
 
 Problem = tuple[str, str]  # what is wrong; what to try
 
@@ -131,7 +131,7 @@ def loss_stuck(history: History) -> Problem | None:
     """
     if history.progress < 0.5:
         return None
-    names = sorted({name for window in history.windows for name in window if name.startswith(LOSS)})
+    names = sorted({name for window in history.windows for name in window if name.startswith(LOSS_ON)})
     measured = [series for series in map(history.series, names) if len(series) >= 9]
     held_out = history.validation_series("valid_loss")
     accepted = history.series("acceptance")
@@ -205,7 +205,7 @@ class AlarmWatch:
     def observe(self, event: Event) -> None:
         """Add the figures of an event, and raise the alarms that they cause."""
         if isinstance(event, Stepped):
-            for name, value in {f"{LOSS}{event.source}": event.loss, **event.health}.items():
+            for name, value in {f"{LOSS_ON}{event.source}": event.loss, **event.health}.items():
                 pair = self._sums.setdefault(name, [0.0, 0])
                 pair[0] += value
                 pair[1] += 1
@@ -213,7 +213,7 @@ class AlarmWatch:
                 return
             self.history.windows.append({name: total / count for name, (total, count) in self._sums.items()})
             self._sums = {}
-            if self.history.steps >= MIN_STEPS:
+            if self.history.steps >= MIN_WATCHED_STEPS:
                 self._check(event.step, ALARMS)
         if isinstance(event, Validated):
             figures = {"valid_loss": event.valid_loss, **event.scores}

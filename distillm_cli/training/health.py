@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillm_cli.losses.fused import AGREEMENT
+from distillm_cli.losses.fused import AGREEMENT_FIGURES
 from distillm_cli.losses.objectives import STUDENT_OUTPUTS, SourceBatch
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.rollouts.pool import SequencePool
@@ -123,7 +123,7 @@ class StepHealth:
         figures = {}
         if both:
             sums = [sum(column) for column in zip(*(sums for sums, _, _ in parts if sums), strict=True)]
-            figures = {name: value / both for name, value in zip(AGREEMENT, sums, strict=True)}
+            figures = {name: value / both for name, value in zip(AGREEMENT_FIGURES, sums, strict=True)}
         if students:
             entropy = sum(part for _, part, _ in parts) + figures.get("student_entropy", 0.0) * both
             figures["student_entropy"] = entropy / (students + both)

@@ -609,7 +609,7 @@ def test_recipes_validate_reports_every_invalid_recipe(run, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_text("train: {lr: fast}\n")
     (tmp_path / "b.yaml").write_text("trian: {}\n")
-    (tmp_path / "c.yaml").write_text("train:\n  lr: fast\n  warmup: -1\ndata:\n  sources: x\n")
+    (tmp_path / "c.yaml").write_text("train:\n  lr: fast\n  warmup: -1\ndata:\n  sorce: x\n")
     code, out, _ = run("recipes", "validate")
     assert (code, out.splitlines()) == (0, [f"{name}\tok" for name in shipped()]), "all of them by default"
 
@@ -627,5 +627,5 @@ def test_recipes_validate_reports_every_invalid_recipe(run, tmp_path, monkeypatc
     assert [" ".join(line.split()[1:3]) for line in err.splitlines()] == [
         "c.yaml:2: train.lr",
         "c.yaml:3: train.warmup",
-        "c.yaml:5: data.sources:",
+        "c.yaml:5: data.sorce:",
     ]

@@ -7,6 +7,7 @@ import pytest
 
 from distillm_cli.cli.app import main
 from distillm_cli.config.methods import METHODS
+from distillm_cli.losses.fused import AGREEMENT_FIGURES
 from tests.command_line import fields_of
 
 FEW = (
@@ -23,6 +24,8 @@ FIGURES = {
 CASES = [(name, m.preset["schedule.kind"]) for name, m in METHODS.items() if m.verb == "distill"]
 CASES += [(name, "adaptive") for name in ("akl", "ab", "taid", "atkd")]
 KEYS = {"step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds"}
+HEALTH = {"train_tokens_per_second", "student_entropy", *AGREEMENT_FIGURES, "sampling_tokens_per_second", "replay_age"}
+HEALTH |= {"rollout_length", "rollout_length_p90", "rollout_cut", "rollout_distinct2"}
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -40,7 +43,7 @@ def test_method_runs_and_logs_its_metrics(name, kind, tmp_path, capsys):
     steps = [line for line in lines if "loss" in line]
     assert len(steps) == 3
     extra = FIGURES.get(name, set())
-    assert all(KEYS <= set(line) <= KEYS | extra for line in steps)
+    assert all(KEYS <= set(line) <= KEYS | HEALTH | extra for line in steps)
     # In nats per token, the loss of an untrained student is at most a few times log V.
     # A policy gradient adds rewards of both signs to the reverse KL, which is large for a confident teacher.
     # The loss of MixKD has three parts, and CTCD's divergence the factor T² = 4.

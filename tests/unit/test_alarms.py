@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from distillm_cli.training.alarms import ALARMS, MIN_STEPS, AlarmWatch, History
+from distillm_cli.training.alarms import ALARMS, MIN_WATCHED_STEPS, AlarmWatch, History
 from distillm_cli.training.events import Stepped, Validated
 
 STEPS = 80  # two in each part of the run
@@ -104,8 +104,8 @@ def test_no_false_alarm(happened, history):
 
 
 def test_short_run_raises_no_alarm_on_its_steps():
-    watch = AlarmWatch(History(MIN_STEPS - 1))
-    for event in events(**CASES["outputs_cut"], steps=MIN_STEPS - 1):
+    watch = AlarmWatch(History(MIN_WATCHED_STEPS - 1))
+    for event in events(**CASES["outputs_cut"], steps=MIN_WATCHED_STEPS - 1):
         watch.observe(event)
     assert watch.raised == []
 

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from distillm_cli.config.schema import ObjectiveConfig, ScheduleConfig
 from distillm_cli.losses import objectives
-from distillm_cli.losses.fused import AGREEMENT, token_agreement
+from distillm_cli.losses.fused import AGREEMENT_FIGURES, token_agreement
 from distillm_cli.losses.objectives import SourceBatch
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.models.backbone import Backbone, Head
@@ -54,7 +54,9 @@ def test_agreement_is_that_of_whole_tables(vocab, softcap):
 def test_equal_models_agree_fully():
     head = Head(torch.randn(40, 8))
     hidden_ND = torch.randn(5, 8)
-    figures = dict(zip(AGREEMENT, token_agreement(hidden_ND, head, hidden_ND, head).mean(0).tolist(), strict=True))
+    figures = dict(
+        zip(AGREEMENT_FIGURES, token_agreement(hidden_ND, head, hidden_ND, head).mean(0).tolist(), strict=True)
+    )
     assert figures["top16_overlap"] == 1
     assert figures["acceptance"] == pytest.approx(1)
     assert figures["student_entropy"] == figures["teacher_entropy"]
@@ -86,8 +88,8 @@ def test_a_step_is_measured_on_evenly_spaced_tokens():
     assert N > SAMPLE_TOKENS
     chosen = [i * N // SAMPLE_TOKENS for i in range(SAMPLE_TOKENS)]
     expected = reference(q_NV[chosen], p_NV[chosen]).mean(0).tolist()
-    assert {name: figures[name] for name in AGREEMENT} == pytest.approx(
-        dict(zip(AGREEMENT, expected, strict=True)), rel=1e-6
+    assert {name: figures[name] for name in AGREEMENT_FIGURES} == pytest.approx(
+        dict(zip(AGREEMENT_FIGURES, expected, strict=True)), rel=1e-6
     )
     assert figures["train_tokens_per_second"] == N / 2
 
