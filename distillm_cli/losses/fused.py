@@ -158,9 +158,10 @@ def token_agreement(
 ) -> Tensor:
     """Return the entropies of both models and their agreement at each position, [N, 5], without a graph.
 
-    The columns are ``AGREEMENT_FIGURES``: both entropies, nats; the share of the student's 16 most likely tokens that are among the
-    teacher's; the probability that the teacher gives to these shared tokens; and Σ min(p, q), which is 1 minus the total
-    variation distance and the rate at which the teacher accepts the student's drafts in speculative decoding.
+    The columns are ``AGREEMENT_FIGURES``: both entropies, nats; the share of the student's 16 most likely tokens that
+    are among the teacher's; the probability that the teacher gives to these shared tokens; and Σ min(p, q), which is 1
+    minus the total variation distance and the rate at which the teacher accepts the student's drafts in speculative
+    decoding.
 
     Arguments and computation are those of ``fused_loss``.
     """
