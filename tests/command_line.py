@@ -25,6 +25,14 @@ EXIT_CODES = {
     "alarm": 11,
 }
 
+# Keys of a line of metrics.jsonl that depend on the clock.
+CLOCK = ("seconds", "train_tokens_per_second", "sampling_tokens_per_second")
+
+
+def untimed(line: dict) -> dict:
+    """Return a line of metrics.jsonl without the figures that depend on the clock."""
+    return {key: value for key, value in line.items() if key not in CLOCK}
+
 
 def exit_code(code: str) -> int:
     """Return the exit code of an error code."""

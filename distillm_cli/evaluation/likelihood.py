@@ -119,7 +119,7 @@ def measure_references(
         np.add.at(tokens, index, 1)
         for name, values_N in found.items():
             total = sums.setdefault(name, np.zeros(len(sequences)))
-            np.add.at(total, index, values_N.double().cpu().numpy())
+            np.add.at(total, index, values_N.cpu().double().numpy())
         done += len(batch_rows)
         listener(Progress(f"references of {suite.name}", done, len(sequences)))
     return ReferenceResult(suite, where, tokens, sums)

@@ -85,11 +85,11 @@ class StepHealth:
         self.student_loss.observe = None
         tokens = tokens.to(hidden_ND.device)
         if teacher_hidden_ND is None:
-            self._student_sums.append(self.student_loss.entropies(hidden_ND[tokens]).double().sum(0))
+            self._student_sums.append(self.student_loss.entropies(hidden_ND[tokens]).cpu().double().sum(0))
             self._counts[0] += len(tokens)
             return
         values_NK = self.student_loss.agreement(hidden_ND[tokens], teacher_hidden_ND[tokens])
-        self._agreement_sums.append(values_NK.double().sum(0))
+        self._agreement_sums.append(values_NK.cpu().double().sum(0))
         self._counts[1] += len(tokens)
 
     def figures(self, drawn: SequenceOf[SourceBatch], seconds: float) -> dict[str, float]:

@@ -27,7 +27,7 @@ from distillm_cli.runs.resume import find_checkpoint
 from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.state import TrainerState
 from tests.codes import raises_code
-from tests.command_line import assert_error, call
+from tests.command_line import assert_error, call, untimed
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["alpha", "beta", "gamma", "delta", "kappa", "sigma", "omega", "theta", "iota", "zeta"]
@@ -156,7 +156,7 @@ def test_resume_matches_uninterrupted_run(workdir, tmp_path, capsys):
     full, resumed = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("full", "resumed"))
     assert all(torch.equal(full[name], resumed[name]) for name in full)
     lines = {name: (tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("full", "resumed")}
-    records = {n: [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in ls] for n, ls in lines.items()}
+    records = {n: [untimed(json.loads(x)) for x in ls] for n, ls in lines.items()}
     assert records["full"] == records["resumed"]
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from distillm_cli.training.trainer import Trainer
-from tests.command_line import assert_error
+from tests.command_line import assert_error, untimed
 
 SOURCES = (
     "[{source: g2p, weight: 2, limit: 200, template: plain}, {source: banking77, weight: 1, limit: 120}, "
@@ -49,9 +49,7 @@ def assert_same_run(one, other):
 
 def lines(directory):
     found = [json.loads(line) for line in Path(directory, "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")} for line in found
-    ]
+    return [untimed(line) for line in found]
 
 
 def test_resumed_run_is_the_uninterrupted_one(cli, monkeypatch):

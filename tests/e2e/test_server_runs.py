@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from distillm_cli.rollouts import server_sampler
 from tests import tiny
-from tests.command_line import assert_error
+from tests.command_line import assert_error, untimed
 from tests.protocol_server import serving
 
 WORDS = ("abc", "bcd", "cde", "def", "efg", "fgh", "ghi", "hij", "ijk", "jkl", "klm", "lmn")
@@ -57,7 +57,7 @@ def run(cli, models, output, *more):
 
 def metrics(output):
     lines = [json.loads(line) for line in Path(output, "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [untimed(line) for line in lines]
 
 
 def losses(lines):

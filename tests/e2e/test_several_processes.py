@@ -15,7 +15,7 @@ from distillm_cli.cli.app import main
 from distillm_cli.config.methods import METHODS
 from distillm_cli.training.checkpoint import read_checkpoint, visible
 from tests import tiny
-from tests.command_line import assert_error, fields_of
+from tests.command_line import CLOCK, assert_error, fields_of
 from tests.processes import PATIENCE, ROOT, Processes, signal_arrives
 
 FEW = (
@@ -67,8 +67,7 @@ def assert_same_metrics(one, two, tolerance=1e-5):
     lines = list(zip(metrics(one), metrics(two), strict=True))
     for left, right in lines:
         assert left.keys() == right.keys()
-        times = {"seconds", "train_tokens_per_second", "sampling_tokens_per_second"}
-        for key in left.keys() - times - {"grad_norm"}:
+        for key in left.keys() - set(CLOCK) - {"grad_norm"}:
             if key in DETERMINED or left[key] is None:
                 assert left[key] == right[key], (key, left, right)
             else:

@@ -12,7 +12,7 @@ import pytest
 
 from distillm_cli.cli.app import main
 from distillm_cli.data.builtin import rows as builtin_rows
-from tests.command_line import assert_error
+from tests.command_line import assert_error, untimed
 
 RUN = [
     "distill", "--teacher", "builtin", "--student", "random:1x32", "--data", "rows.jsonl", "--max-length", "64",
@@ -51,10 +51,7 @@ def write_rows(count):
 def bits(output):
     """Return the weights and the figures of a run, without its times."""
     lines = [json.loads(line) for line in (Path(output) / "metrics.jsonl").read_text().splitlines()]
-    figures = [
-        {key: value for key, value in line.items() if not key.endswith(("seconds", "_per_second"))} for line in lines
-    ]
-    return (Path(output) / "model.safetensors").read_bytes(), figures
+    return (Path(output) / "model.safetensors").read_bytes(), [untimed(line) for line in lines]
 
 
 def test_stored_rows_give_the_same_run(cli):

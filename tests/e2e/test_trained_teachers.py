@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_cli.cli.app import main
 from distillm_cli.training.trainer import Trainer
-from tests.command_line import assert_error
+from tests.command_line import assert_error, untimed
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SETS = (
@@ -77,7 +77,7 @@ def assert_same(one, two):
 
 def metrics(output, *left_out):
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", *left_out)} for line in lines]
+    return [{k: v for k, v in untimed(line).items() if k not in left_out} for line in lines]
 
 
 def test_okd_that_learns_nothing_equals_kd(distill, tmp_path, monkeypatch):
