@@ -23,6 +23,7 @@ from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.training.distributed import world
 from distillm_cli.training.recovery import MicroBatch
 from distillm_cli.types import Rollout, Sequence
+from distillm_cli.utils.exact import on_float64_device
 
 SAMPLE_TOKENS = 128  # of a step, evenly spaced
 
@@ -85,11 +86,12 @@ class StepHealth:
         self.student_loss.observe = None
         tokens = tokens.to(hidden_ND.device)
         if teacher_hidden_ND is None:
-            self._student_sums.append(self.student_loss.entropies(hidden_ND[tokens]).cpu().double().sum(0))
+            entropies_N = on_float64_device(self.student_loss.entropies(hidden_ND[tokens]))
+            self._student_sums.append(entropies_N.double().sum(0))
             self._counts[0] += len(tokens)
             return
         values_NK = self.student_loss.agreement(hidden_ND[tokens], teacher_hidden_ND[tokens])
-        self._agreement_sums.append(values_NK.cpu().double().sum(0))
+        self._agreement_sums.append(on_float64_device(values_NK).double().sum(0))
         self._counts[1] += len(tokens)
 
     def figures(self, drawn: SequenceOf[SourceBatch], seconds: float) -> dict[str, float]:
