@@ -159,7 +159,8 @@ def build_trainer(
         score=None if score is None else scored,
         at_start=None if sharding.is_on else at_start,  # shards are not replaced: it is measured before the first step
         probe=probe,
-        divergences=None if teacher is None else divergence_probe(run, info),
+        # A stage before the run, whose states are all cached, may have released the teacher.
+        divergences=None if teacher is None or teacher.has_released_model else divergence_probe(run, info),
         listener=listener,
     )
     checkpoints = Checkpoints(output / output_dir.CHECKPOINTS, save_model, keep=recipe.train.keep, listener=listener)

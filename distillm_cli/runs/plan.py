@@ -133,7 +133,8 @@ def plan_prepared(run: Prepared, resolved: Resolved, processes: int = 1) -> dict
     """Return the plan of a run whose models and rows are loaded."""
     if run.recipe.okd.rank is not None:
         build_extras(run.recipe, run.pair, {})  # as in the run: an adapter in the teacher
-    workload, cache_plan = _prepared_workload(run, processes)
+    cache_plan = _cache_plan(run)
+    workload = _prepared_workload(run, processes, cache_plan)
     workload = _with_stages(workload, resolved)
     cache = {} if cache_plan is None else {"teacher_cache": _cache_figures(run, cache_plan)}
     teacher = run.pair.teacher
@@ -143,13 +144,13 @@ def plan_prepared(run: Prepared, resolved: Resolved, processes: int = 1) -> dict
 
 def memory_estimate(run: Prepared) -> int:
     """Return the estimated peak memory of a run, in bytes, in one of its processes."""
-    workload, _ = _prepared_workload(run, launched_processes())
+    workload = _prepared_workload(run, launched_processes(), _cache_plan(run))
     return costs.peak_memory(costs.memory(workload), workload.device)
 
 
-def step_flops(run: Prepared) -> dict[str, float]:
-    """Return the estimated FLOPs of a step by source, of all processes together."""
-    workload, _ = _prepared_workload(run, 1)
+def step_flops(run: Prepared, cache_plan: CachePlan | None) -> dict[str, float]:
+    """Return the estimated FLOPs of a step by source, of all processes together. cache_plan: of the opened teacher."""
+    workload = _prepared_workload(run, 1, cache_plan)
     return {source: gpus.flops(work) for source, work in costs.step_work(workload).items()}
 
 
@@ -163,11 +164,15 @@ def training_flops(by_source: Mapping[str, float], steps: Mapping[str, int], ste
     return total
 
 
-def _prepared_workload(run: Prepared, processes: int) -> tuple[costs.Workload, CachePlan | None]:
-    """Return the work of a run without the stages before it, and the plan of its teacher cache."""
+def _cache_plan(run: Prepared) -> CachePlan | None:
+    """Return the plan of the teacher's cache, before the teacher is opened; None without a teacher."""
+    return None if run.pair.teacher is None else plan_cache(run, workload_of(run))
+
+
+def _prepared_workload(run: Prepared, processes: int, cache_plan: CachePlan | None) -> costs.Workload:
+    """Return the work of a run without the stages before it. cache_plan: of the teacher's states."""
     teacher = None if run.pair.teacher is None else run.pair.teacher.model
-    cache_plan = None if teacher is None else plan_cache(run, workload_of(run))
-    workload = costs.Workload(
+    return costs.Workload(
         recipe=run.recipe,
         student=sizes(run.student.model, run.pair.vocab),
         teacher=None if teacher is None else sizes(teacher, run.pair.vocab),
@@ -182,7 +187,6 @@ def _prepared_workload(run: Prepared, processes: int) -> tuple[costs.Workload, C
         has_head_only=run.pair.teacher is not None and not run.pair.teacher.is_whole,
         processes=processes,
     )
-    return workload, cache_plan
 
 
 def _data_figures(run: Prepared) -> dict[str, Any]:

@@ -248,7 +248,8 @@ def _train(training: _Training, listener: Listener) -> TrainResult:
         restore_student(run.student, training.checkpoint)
     from distillm_cli.runs.plan import step_flops  # not at the top: it imports models, which rows do not need
 
-    flops = world().broadcast(partial(step_flops, run))
+    cache_plan = None if training.teacher is None else training.teacher.cache_plan
+    flops = world().broadcast(partial(step_flops, run, cache_plan))
     report = Report(run, output / output_dir.EVAL / "report", listener)
     trainer = _trainer(training, report, listener)
     if (stop := received_signal()) is not None:  # an interrupt that a library swallowed while the run was prepared

@@ -130,7 +130,7 @@ def test_help_and_lists_have_plugin_names(cli):
     assert "disco, squares." in words
     assert "gsm8k, pronounce, letters, builtin." in words
     words = " ".join(cli("eval", "--help")[1].replace("│", " ").split())
-    assert "final_number, characters." in words
+    assert "length, characters." in words
     code, out, err = cli("methods")
     assert (code, err) == (0, "")
     assert out.splitlines()[-1].split("\t")[:3] == ["squares", "unpublished", "squared scale=3"]
