@@ -10,9 +10,11 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distillm_cli.servers.vllm import TESTED
@@ -65,7 +67,7 @@ class ProtocolServer:
         self._lock = threading.Lock()
         self._http: ThreadingHTTPServer | None = None
         self.port = 0
-        self.load(directory)
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=self.dtype).eval()
         self.start()
 
     @property
@@ -73,7 +75,18 @@ class ProtocolServer:
         return f"http://127.0.0.1:{self.port}"
 
     def load(self, directory: str) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=self.dtype).eval()
+        """Replace the weights.
+
+        ``from_pretrained`` changes classes of transformers while it runs. Requests are answered in threads, so a run in this
+        process that loads a model at the same time would leave them changed.
+        """
+        weights = {}
+        for path in sorted(Path(directory).glob("*.safetensors")):
+            weights |= load_file(path)
+        missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        assert weights
+        assert not unexpected
+        assert set(missing) <= {"lm_head.weight"}, missing  # of a tied head
 
     def start(self) -> None:
         """Listen, on the same port as before if it was stopped."""
