@@ -903,7 +903,9 @@ def test_written_recipe_reads_back_identical(values, with_origin, tmp_path):
     for key in ("teacher.cache", "teacher.quantize", "teacher.dtype") if changes else ():
         values.pop(key, None)
     if method.name == "peakd":
-        values.setdefault("student.path", "random:2x32")  # its shared layers exclude adapters and a quantized teacher
+        values["student.path"] = (
+            values.get("student.path") or "random:2x32"
+        )  # its shared layers exclude adapters and a quantized teacher
     settings_ = {"method": method.name, **method.preset, **values}
     values = {key: v for key, v in values.items() if is_used(key, lambda k: settings_.get(k, leaves()[k].default))}
     values = {key: value for key, value in values.items() if key != "train.epochs" or values.get("train.steps") is None}
