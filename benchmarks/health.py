@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from selection import States
 
 import distillm_cli as distillm
 from distillm_cli.config.load import resolve
@@ -68,21 +68,6 @@ def measure_run(recipe: str, steps: int, sets: list[str]) -> None:
     both_s = steps_s + seconds["Validator.measure"]
     divergences_s = seconds["DivergenceProbe.measure"]
     print(f"divergences at validations: {divergences_s:.3f} s, {divergences_s / both_s:.2%} of steps and validations")
-
-
-class States(nn.Module):
-    """Stand in for a student whose hidden states are given, so that only the loss is measured."""
-
-    def __init__(self, tokens: int, vocab: int, width: int):
-        super().__init__()
-        self.hidden_ND = nn.Parameter(torch.randn(tokens, width))
-        self.weight_VD = nn.Parameter(torch.randn(vocab, width) / width**0.5)
-
-    def hidden(self, batch: Batch, *, for_backward: bool = False) -> torch.Tensor:
-        return self.hidden_ND * 1.0
-
-    def head(self) -> Head:
-        return Head(self.weight_VD)
 
 
 def measure_loss(tokens: int, vocab: int, width: int, rounds: int) -> None:

@@ -216,14 +216,14 @@ def _flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _read_result(path: Path, notes: list[str]) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
-    result = _json_object(path)
+    result = json_object(path)
     if result is None or "steps" not in result:
         notes.append(f"{path.name} is damaged or of another program")
         return {}
     return result
 
 
-def _json_object(path: Path) -> dict[str, Any] | None:
+def json_object(path: Path) -> dict[str, Any] | None:
     """Return the object in a file; None if there is none that can be read."""
     try:
         found = json.loads(_read(path))
@@ -259,7 +259,7 @@ def _suite_scores(place: Path, notes: list[str]) -> dict[str, RecordedScore]:
     """Return the scores of finished evaluations, by suite, settings and metric."""
     found: dict[str, RecordedScore] = {}
     for file in result_files(place):
-        saved = _json_object(file)
+        saved = json_object(file)
         if saved is None:
             notes.append(f"{file.relative_to(place.parent)} is damaged")
             continue

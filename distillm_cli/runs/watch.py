@@ -21,6 +21,7 @@ import yaml
 from distillm_cli.config.schedule import SCHEDULE
 from distillm_cli.errors import UsageError
 from distillm_cli.runs import output_dir
+from distillm_cli.runs.recorded_run import json_object
 from distillm_cli.runs.stage_record import RECORD
 from distillm_cli.training.events import Event, RunStarted, Stepped, Validated
 from distillm_cli.utils import manifest
@@ -175,7 +176,7 @@ class RunWatcher:
 
     def _stages_are_done(self) -> bool:
         """Return whether no stage of a pipeline was left unfinished."""
-        records = [_json_object(path) for path in self.directory.glob(f"*/{RECORD}")]
+        records = [json_object(path) or {} for path in self.directory.glob(f"*/{RECORD}")]
         return all(record.get("status") == "done" for record in records)
 
     def _newest_place(self) -> Path:
@@ -327,15 +328,7 @@ def _current_result(place: Path) -> Mapping[str, Any] | None:
     written = _changed(path)
     if written is None or written < (_changed(place / output_dir.RECIPE) or 0.0):
         return None
-    return _json_object(path) or None
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file; empty if it cannot be read."""
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
-    return {}
+    return json_object(path) or None
 
 
 def _checkpoints(place: Path) -> list[SavedStep]:
@@ -351,5 +344,5 @@ def _checkpoints(place: Path) -> list[SavedStep]:
 def _newest_progress(place: Path) -> Mapping[str, Any]:
     """Return the progress in the newest checkpoint; empty without one."""
     saved = _checkpoints(place)
-    progress = _json_object(saved[-1].path / "state.json").get("progress") if saved else None
+    progress = (json_object(saved[-1].path / "state.json") or {}).get("progress") if saved else None
     return progress if isinstance(progress, dict) else {}

@@ -1,4 +1,4 @@
-"""Test ratings and pairs of a judge against a local server that speaks the protocol."""
+"""Test ratings and pairs of a judge against a local server with the same protocol."""
 
 from __future__ import annotations
 
