@@ -26,7 +26,7 @@ AXES = {
 SCHEDULES = (ROWS_ALONE, *OWN_BUFFERED_KINDS)
 _ORIGIN = "distillm pilot"
 _DIVERGENCES = ("kl", "skl", "ab")
-_TEMPERATURES = (1.0, 2.0)
+_TEMPERATURES = (1.0, 2.0, 4.0)
 _FACTORS = (1.0, 2.0, 0.5)  # of the learning rate
 
 

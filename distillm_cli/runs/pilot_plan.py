@@ -25,7 +25,7 @@ _WISHED_SHARE = 0.25  # of the steps of the recipe: the grid becomes smaller bef
 # Share of the steps that sample from the student, an expectation for kinds that adapt it.
 _FRESH = {"off": 0.0, "adaptive": 0.1, "auto": 0.2, "mixed": 0.5, "annealed": 0.5, "on": 1.0}
 # The order in which values are left out, and how many of each setting remain while runs have the wished number of steps.
-_LEFT_OUT = {"temperature": 1, "divergence": 2, "schedule": 2, "lr": 3}
+_LEFT_OUT = {"temperature": 2, "divergence": 2, "schedule": 2, "lr": 3}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from distillm_cli.config.pilot_grid import SFT_ARM, Arm, Grid
 from distillm_cli.runs.pilot_plan import MIN_STEPS, RUNGS, Costs, PilotPlan, kept, make_plan, rounds_of
 from tests.codes import raises_code
 
-GRID = Grid((1e-3, 2e-3, 5e-4), ("kl", "skl", "ab"), (1.0, 2.0), ("off", "auto", "on"), searches_rates=True)
+GRID = Grid((1e-3, 2e-3, 5e-4), ("kl", "skl", "ab"), (1.0, 2.0, 4.0), ("off", "auto", "on"), searches_rates=True)
 COSTS = Costs(rows=0.05, sft=0.04, fresh=0.2, teacher=0.03, score=1.0, switch=0.2)
 ONE = Grid((1e-3,), ("kl",), (1.0,), ("off",))
 
@@ -71,7 +71,7 @@ def test_smaller_budgets_have_smaller_grids():
         assert left_out == sum(values)
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
-    assert plan(200).left_out[0] == "temperature 2"  # before any other value
+    assert plan(200).left_out[:2] == ("temperature 4", "divergence ab")
 
 
 def test_a_budget_for_less_than_the_smallest_pilot_is_refused():
