@@ -41,6 +41,7 @@ def conclude(
     steps, on_steps = _on_steps(judge, best, full_steps)
     answers = [
         _on_objective(judge),
+        _on_temperature(judge),
         _on_outputs(judge, best, full_steps, steps_per_epoch),
         _on_sft(judge),
         on_steps,
@@ -111,11 +112,21 @@ class _Judge:
 
     def best(self, arms: Iterable[Arm]) -> Arm | None:
         """Return the arm with the best figure among those that came furthest; None without arms."""
+        return next(iter(self.ranked(arms)), None)
+
+    def ranked(self, arms: Iterable[Arm]) -> list[Arm]:
+        """Return arms that came furthest first, and of these the best first."""
         sign = 1 if self.metric.higher_is_better else -1
-        arms = list(arms)
-        if not arms:
-            return None
-        return max(arms, key=lambda arm: (self.rung(arm), sign * self.trial(arm, self.rung(arm)).scores.figure))
+        return sorted(
+            arms, key=lambda arm: (self.rung(arm), sign * self.trial(arm, self.rung(arm)).scores.figure), reverse=True
+        )
+
+    def best_of_each(self, setting: str, arms: Iterable[Arm]) -> list[Arm]:
+        """Return the best arm with each value of a setting, the best first."""
+        found: dict[object, Arm] = {}
+        for arm in self.ranked(arms):
+            found.setdefault(getattr(arm, setting), arm)
+        return list(found.values())
 
     def compare(self, first: Arm, second: Arm, rung: int) -> PairedDifference:
         """Return by how much the first arm is better, both after this rung."""
@@ -146,11 +157,7 @@ class _Judge:
 
     def table(self, best: Arm) -> Iterable[PilotArm]:
         """Yield the lines of the table: arms that came furthest first, each compared with the best after its last rung."""
-        sign = 1 if self.metric.higher_is_better else -1
-        order = sorted(
-            self.arms, key=lambda arm: (-self.rung(arm), -sign * self.trial(arm, self.rung(arm)).scores.figure)
-        )
-        for arm in order:
+        for arm in self.ranked(self.arms):
             rung = self.rung(arm)
             trial = self.trial(arm, rung)
             difference = None
@@ -182,22 +189,34 @@ def _interval(difference: PairedDifference) -> str:
 
 
 def _on_objective(judge: _Judge) -> str | None:
-    """Say which objective is best on the rows, and how it compares with the next."""
-    on_rows = [arm for arm in judge.arms if arm.family == "rows" and arm.share == 1]
-    names = dict.fromkeys(arm.divergence for arm in on_rows)
-    of_each = [judge.best(arm for arm in on_rows if arm.divergence == name) for name in names]
-    ranked: list[Arm] = []
-    while (left := [arm for arm in of_each if arm is not None and arm not in ranked]) and len(ranked) < 2:
-        found = judge.best(left)
-        assert found is not None
-        ranked.append(found)
+    """Say which objective is best on the rows, all at the first temperature, and how it compares with the next."""
+    ranked = judge.best_of_each("divergence", _on_rows(judge, judge.plan.grid.temperature[0]))
     if not ranked:
         return None
     if len(ranked) == 1:
         return f"Objective: {ranked[0].divergence}, the only one that was tried."
-    difference, clause = judge.versus(*ranked)
+    difference, clause = judge.versus(*ranked[:2])
     verdict = "" if difference.is_clear else ", but the difference to the next is not clear"
     return f"Objective: {ranked[0].divergence} is the best{verdict}: {clause}."
+
+
+def _on_temperature(judge: _Judge) -> str | None:
+    """Say which temperature is best on the rows, and how it compares with the first; None if only one was tried."""
+    first = judge.plan.grid.temperature[0]
+    ranked = judge.best_of_each("temperature", _on_rows(judge))
+    reference = next((arm for arm in ranked if arm.temperature == first), None)
+    if len(ranked) < 2 or reference is None:
+        return None
+    best, other = (ranked[0], reference) if ranked[0] != reference else ranked[:2]
+    difference, clause = judge.versus(best, other)
+    verdict = "" if difference.is_clear else ", but the difference is not clear"
+    return f"Temperature: {best.temperature:g} is the best{verdict}: {clause}."
+
+
+def _on_rows(judge: _Judge, temperature: float | None = None) -> list[Arm]:
+    """Return the arms that were trained on the rows alone by a divergence, at any or one temperature."""
+    whole = (arm for arm in judge.arms if arm.family == "rows" and arm.share == 1)
+    return [arm for arm in whole if temperature in (None, arm.temperature)]
 
 
 def _on_outputs(judge: _Judge, best: Arm, full_steps: int, steps_per_epoch: int) -> str | None:
