@@ -98,7 +98,7 @@ def test_objectives_are_compared_at_one_temperature(tmp_path):
     warm, auto = Arm("kl", 1e-3, 4.0), Arm("kl", 1e-3, 4.0, "auto")
     plan = replace(PLAN, grid=replace(GRID, temperature=(1.0, 4.0)))
     made = record({KL: 60, AB: 50, warm: 100, auto: 120})
-    objective, temperature, outputs, _ = conclude(made, plan, METRIC, tmp_path, 100, 10, 1.0).answers
+    objective, temperature, outputs = conclude(made, plan, METRIC, tmp_path, 100, 10, 1.0).answers
     assert "30.00 with kl, off (" in objective
     assert "against 25.00 with ab, off (" in objective
     assert temperature.startswith("Temperature: 4 is the best: ")
