@@ -41,11 +41,19 @@ class Arm:
     share: float = 1.0
 
     @property
-    def family(self) -> str:
-        """Return the group within which arms are eliminated, so that one of each group is trained to the end."""
+    def source(self) -> str:
+        """Return what the arm trains on: SFT_ARM, "rows" or "outputs", those of the student."""
         if self.divergence == SFT_ARM:
             return SFT_ARM
         return "rows" if self.schedule == ROWS_ALONE else "outputs"
+
+    @property
+    def family(self) -> str:
+        """Return the group within which arms are eliminated, so that one of each group is trained to the end.
+
+        On rows each temperature is a group: a high one gains late, and would lose a comparison after few steps.
+        """
+        return f"rows at {self.temperature:g}" if self.source == "rows" else self.source
 
     @property
     def settings(self) -> str:
@@ -81,18 +89,17 @@ class Grid:
     searches_rates: bool = False
 
     def of_rates(self, rates: Iterable[float]) -> list[Arm]:
-        """Return the arms of the first round: every divergence and SFT on the rows, with each of these rates."""
-        names = (SFT_ARM, *self.divergence)
-        return [Arm(name, lr, 1.0 if name == SFT_ARM else self.temperature[0]) for name in names for lr in rates]
+        """Return the arms of the first round: SFT, and the first divergence on rows at every temperature; these rates."""
+        rates = list(rates)
+        of_sft = [Arm(SFT_ARM, lr) for lr in rates]
+        return of_sft + [Arm(self.divergence[0], lr, value) for value in self.temperature for lr in rates]
 
     def variations(self, best: Arm) -> list[Arm]:
-        """Return the arms of the second round: other temperatures and schedules of the best arm of the first."""
-        found = [
-            replace(best, temperature=temperature, schedule=schedule)
-            for temperature in self.temperature
-            for schedule in self.schedule
+        """Return the arms of the second round: the best of the first with other divergences, and with other schedules."""
+        of_divergences = [replace(best, divergence=name) for name in self.divergence]
+        return [
+            arm for arm in (*of_divergences, *(replace(best, schedule=name) for name in self.schedule)) if arm != best
         ]
-        return [arm for arm in found if arm != best]
 
 
 def parse_grid(texts: Iterable[str], recipe: Recipe) -> Grid:

@@ -266,13 +266,13 @@ class _Pilot:
             grid = replace(grid, lr=tuple(arm.lr for arm in self._decide("rates", self._search_rates)))
         first = grid.of_rates(grid.lr)
         later = self.plan.round_seconds(grid.variations(first[-1])) + self.plan.last_round_seconds
-        finished = self._halve("objectives", first, later)
-        of_divergences = [arm for arm in finished if arm.divergence != SFT_ARM]
-        if not of_divergences:
+        finished = self._halve("temperatures", first, later)
+        distilled = [arm for arm in finished if arm.divergence != SFT_ARM]
+        if not distilled:
             return
-        variations = grid.variations(of_divergences[0])
+        variations = grid.variations(distilled[0])
         if any(arm.schedule != ROWS_ALONE for arm in variations):
-            self._measure_outputs(of_divergences[0])
+            self._measure_outputs(distilled[0])
         finished += self._halve("variations", variations, self.plan.last_round_seconds)
         (best,) = self._decide(
             "best", lambda: [choose_best(self.record, self.plan, self.scorer.metric, finished, self.full_steps)]
@@ -288,7 +288,7 @@ class _Pilot:
         """
         last = len(RUNGS) - 1
         ranked = self._ranked(finished, last)
-        pair = [next((arm for arm in ranked if arm.family == family), None) for family in ("outputs", "rows")]
+        pair = [next((arm for arm in ranked if arm.source == source), None) for source in ("outputs", "rows")]
         if pair[0] is None or pair[1] is None:
             return []
         outputs, rows = (self.record.trial(arm, last) for arm in pair if arm is not None)

@@ -1,8 +1,8 @@
 """Plan a pilot from measured seconds, so that it ends within its budget.
 
 Every arm gets the same seconds: the fewer steps, the more a step costs. It is scored after a quarter, half and all of its
-steps. After each of the first two, the better half of each family continues. The first round has every divergence and rate
-on the rows, and SFT; the second the other temperatures and schedules of its best arm; the third the best arm once more, with
+steps. After each of the first two, the better half of each family continues. The first round has every temperature and rate
+on the rows, and SFT; the second its best arm with other divergences and schedules; the third the best arm once more, with
 half of its steps, and that on rows with the seconds of the best with student outputs.
 """
 

@@ -72,7 +72,7 @@ def choose_best(record: PilotRecord, plan: PilotPlan, metric: Metric, finished: 
     best = judge.best(finished)
     assert best is not None
     adaptive = judge.best(arm for arm in finished if arm.schedule in _ADAPTIVE)
-    if best.family != "rows" or adaptive is None or not is_short(plan, best, full_steps):
+    if best.source != "rows" or adaptive is None or not is_short(plan, best, full_steps):
         return best
     difference = judge.compare(best, adaptive, _LAST)
     return best if difference.is_clear else adaptive
@@ -189,40 +189,39 @@ def _interval(difference: PairedDifference) -> str:
 
 
 def _on_objective(judge: _Judge) -> str | None:
-    """Say which objective is best on the rows, all at the first temperature, and how it compares with the next."""
-    ranked = judge.best_of_each("divergence", _on_rows(judge, judge.plan.grid.temperature[0]))
-    if not ranked:
+    """Say which objective is best on the rows, at the best temperature, and how it compares with the next."""
+    on_rows = _on_rows(judge)
+    best = judge.best(on_rows)
+    if best is None:
         return None
+    ranked = judge.best_of_each("divergence", (arm for arm in on_rows if arm.temperature == best.temperature))
     if len(ranked) == 1:
-        return f"Objective: {ranked[0].divergence}, the only one that was tried."
+        return f"Objective: {best.divergence}, the only one that was tried."
     difference, clause = judge.versus(*ranked[:2])
     verdict = "" if difference.is_clear else ", but the difference to the next is not clear"
-    return f"Objective: {ranked[0].divergence} is the best{verdict}: {clause}."
+    return f"Objective: {best.divergence} is the best{verdict}: {clause}."
 
 
 def _on_temperature(judge: _Judge) -> str | None:
-    """Say which temperature is best on the rows, and how it compares with the first; None if only one was tried."""
-    first = judge.plan.grid.temperature[0]
-    ranked = judge.best_of_each("temperature", _on_rows(judge))
-    reference = next((arm for arm in ranked if arm.temperature == first), None)
-    if len(ranked) < 2 or reference is None:
+    """Say which temperature is best on the rows with the first objective, and how it compares with the next."""
+    first = judge.plan.grid.divergence[0]
+    ranked = judge.best_of_each("temperature", (arm for arm in _on_rows(judge) if arm.divergence == first))
+    if len(ranked) < 2:
         return None
-    best, other = (ranked[0], reference) if ranked[0] != reference else ranked[:2]
-    difference, clause = judge.versus(best, other)
-    verdict = "" if difference.is_clear else ", but the difference is not clear"
-    return f"Temperature: {best.temperature:g} is the best{verdict}: {clause}."
+    difference, clause = judge.versus(*ranked[:2])
+    verdict = "" if difference.is_clear else ", but the difference to the next is not clear"
+    return f"Temperature: {ranked[0].temperature:g} is the best{verdict}: {clause}."
 
 
-def _on_rows(judge: _Judge, temperature: float | None = None) -> list[Arm]:
-    """Return the arms that were trained on the rows alone by a divergence, at any or one temperature."""
-    whole = (arm for arm in judge.arms if arm.family == "rows" and arm.share == 1)
-    return [arm for arm in whole if temperature in (None, arm.temperature)]
+def _on_rows(judge: _Judge) -> list[Arm]:
+    """Return the arms that train on rows alone by a divergence."""
+    return [arm for arm in judge.arms if arm.source == "rows" and arm.share == 1]
 
 
 def _on_outputs(judge: _Judge, best: Arm, full_steps: int, steps_per_epoch: int) -> str | None:
     """Say whether student outputs pay for themselves, in the same seconds."""
-    outputs = judge.best(arm for arm in judge.arms if arm.family == "outputs" and arm.share == 1)
-    rows = judge.best(arm for arm in judge.arms if arm.family == "rows" and arm.share == 1)
+    outputs = judge.best(arm for arm in judge.arms if arm.source == "outputs" and arm.share == 1)
+    rows = judge.best(_on_rows(judge))
     if outputs is None or rows is None:
         return None
     equal = judge.record.decisions.get("equal seconds", [])
@@ -241,7 +240,7 @@ def _on_outputs(judge: _Judge, best: Arm, full_steps: int, steps_per_epoch: int)
             f" The trials had {epochs[0]:.1f} epochs and the recipe has {epochs[1]:.1f}: student outputs gain more"
         )
         sentence += " when rows repeat more often."
-        if best.family == "outputs" and difference.mean < 0:
+        if best.source == "outputs" and difference.mean < 0:
             sentence += f" Therefore {best.schedule} is chosen."
     return sentence
 

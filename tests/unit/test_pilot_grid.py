@@ -1,5 +1,7 @@
 """Test the grid of a pilot: its arms and their recipes."""
 
+from dataclasses import replace
+
 import pytest
 
 from distillm_cli.config.load import resolve
@@ -35,9 +37,11 @@ def test_rounds_have_each_combination_once():
     grid = parse_grid(("lr=1,2", "divergence=kl,ab", "temperature=1,2", "schedule=off,on"), base().recipe)
     first = grid.of_rates(grid.lr)
     assert len(set(first)) == len({arm.name for arm in first}) == 6
-    assert [arm.family for arm in first] == [SFT_ARM] * 2 + ["rows"] * 4
-    best = Arm("ab", 2.0)
-    assert {(arm.temperature, arm.schedule) for arm in grid.variations(best)} == {(1, "on"), (2, "off"), (2, "on")}
+    assert [arm.family for arm in first] == [SFT_ARM] * 2 + ["rows at 1"] * 2 + ["rows at 2"] * 2
+    assert {arm.divergence for arm in first} == {SFT_ARM, "kl"}
+    best = Arm("kl", 2.0, 2.0)
+    assert grid.variations(best) == [replace(best, divergence="ab"), replace(best, schedule="on")]
+    assert [arm.family for arm in grid.variations(best)] == ["rows at 2", "outputs"]
 
 
 @pytest.mark.parametrize(

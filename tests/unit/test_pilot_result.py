@@ -1,7 +1,5 @@
 """Test the choice of a pilot, and its sentences, on given scores."""
 
-from dataclasses import replace
-
 import pytest
 
 from distillm_cli.config.pilot_grid import SFT_ARM, Arm, Grid
@@ -94,22 +92,20 @@ def test_equal_seconds_are_those_of_the_longer_run_on_rows(tmp_path):
     assert "better by 5.00" in outputs
 
 
-def test_objectives_are_compared_at_one_temperature(tmp_path):
-    warm, auto = Arm("kl", 1e-3, 4.0), Arm("kl", 1e-3, 4.0, "auto")
-    plan = replace(PLAN, grid=replace(GRID, temperature=(1.0, 4.0)))
-    made = record({KL: 60, AB: 50, warm: 100, auto: 120})
-    objective, temperature, outputs = conclude(made, plan, METRIC, tmp_path, 100, 10, 1.0).answers
-    assert "30.00 with kl, off (" in objective
-    assert "against 25.00 with ab, off (" in objective
+def test_objectives_are_compared_at_the_best_temperature(tmp_path):
+    warm, auto, ab = Arm("kl", 1e-3, 4.0), Arm("kl", 1e-3, 4.0, "auto"), Arm("ab", 1e-3, 4.0)
+    made = record({KL: 60, warm: 100, ab: 50, auto: 120})
+    objective, temperature, outputs = conclude(made, PLAN, METRIC, tmp_path, 100, 10, 1.0).answers
+    assert "50.00 with kl, off, T 4 (" in objective
+    assert "against 25.00 with ab, off, T 4 (" in objective
     assert temperature.startswith("Temperature: 4 is the best: ")
-    assert "50.00 with kl, off, T 4" in temperature
+    assert "50.00 with kl, off, T 4 (" in temperature
     assert "against 30.00 with kl, off (" in temperature
     assert "60.00 with kl, auto, T 4" in outputs
 
 
-def test_a_first_temperature_that_is_best_is_compared_with_the_next(tmp_path):
-    plan = replace(PLAN, grid=replace(GRID, temperature=(1.0, 2.0, 4.0)))
+def test_a_temperature_may_be_best_by_chance(tmp_path):
     made = record({KL: 100, Arm("kl", 1e-3, 2.0): (1, 40), Arm("kl", 1e-3, 4.0): (1, 98)})
-    temperature = conclude(made, plan, METRIC, tmp_path, 100, 10, 1.0).answers[1]
-    assert temperature.startswith("Temperature: 1 is the best, but the difference is not clear: ")
+    temperature = conclude(made, PLAN, METRIC, tmp_path, 100, 10, 1.0).answers[1]
+    assert temperature.startswith("Temperature: 1 is the best, but the difference to the next is not clear: ")
     assert "with kl, off, T 4" in temperature
