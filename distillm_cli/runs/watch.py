@@ -21,7 +21,7 @@ import yaml
 from distillm_cli.config.schedule import SCHEDULE
 from distillm_cli.errors import UsageError
 from distillm_cli.runs import output_dir
-from distillm_cli.runs.recorded_run import json_object
+from distillm_cli.runs.recorded_run import finite_number, json_object
 from distillm_cli.runs.stage_record import RECORD
 from distillm_cli.training.events import Event, RunStarted, Stepped, Validated
 from distillm_cli.utils import manifest
@@ -261,27 +261,29 @@ def _stepped(entry: Mapping[str, Any]) -> Stepped:
         step=int(entry["step"]),
         epoch=float(entry["epoch"]),
         source=str(entry["source"]),
-        loss=_number(entry["loss"]),
-        lr=_number(entry["lr"]),
-        grad_norm=_number(entry["grad_norm"]),
-        phi=_number(entry["phi"]),
+        loss=_or_nan(entry["loss"]),
+        lr=_or_nan(entry["lr"]),
+        grad_norm=_or_nan(entry["grad_norm"]),
+        phi=_or_nan(entry["phi"]),
         tokens=int(entry["tokens"]),
         seconds=float(entry["seconds"]),
-        figures={name: float(value) for name, value in entry.items() if name not in _STEP and _is_number(value)},
+        figures={
+            name: number
+            for name, value in entry.items()
+            if name not in _STEP and (number := finite_number(value)) is not None
+        },
     )
 
 
 def _validated(entry: Mapping[str, Any]) -> Validated:
-    scores = {k: v for k, v in entry.items() if k not in _VALIDATION and (v is None or _is_number(v))}
-    return Validated(int(entry["step"]), _number(entry["valid_loss"]), _number(entry.get("phi")), scores=scores)
+    numbers = {name: finite_number(value) for name, value in entry.items() if name not in _VALIDATION}
+    scores = {name: number for name, number in numbers.items() if number is not None or entry[name] is None}
+    return Validated(int(entry["step"]), _or_nan(entry["valid_loss"]), _or_nan(entry.get("phi")), scores=scores)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
+def _or_nan(value: object) -> float:
+    number = finite_number(value)
+    return math.nan if number is None else number
 
 
 def _started(recipe: Mapping[str, Any], events: list[Event]) -> RunStarted:
@@ -293,8 +295,9 @@ def _started(recipe: Mapping[str, Any], events: list[Event]) -> RunStarted:
         steps_per_epoch = round(last.step / last.epoch)
     train = _section(recipe, "train")
     steps = train.get("steps")
-    if not steps and steps_per_epoch and _is_number(train.get("epochs")):
-        steps = max(1, math.ceil(float(train["epochs"]) * steps_per_epoch))
+    epochs = finite_number(train.get("epochs"))
+    if not steps and steps_per_epoch and epochs is not None:
+        steps = max(1, math.ceil(epochs * steps_per_epoch))
     kind = SCHEDULE.members.get(str(_section(recipe, "schedule").get("kind")))
     divergence = _section(recipe, "objective").get("divergence")
     is_sft = method == "sft"
