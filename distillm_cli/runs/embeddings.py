@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from distillm_cli.config.student_spec import ConfigFile, RandomModel, TeacherLay
 from distillm_cli.data.batching import Order, batches_by_length
 from distillm_cli.data.locations import find_source
 from distillm_cli.data.sentences import SentenceRow, load_sentences, with_score_scale
-from distillm_cli.errors import CheckpointError, DataError, ModelError, UsageError
+from distillm_cli.errors import DataError, ModelError, UsageError
 from distillm_cli.evaluation.pairs import correlations, cosine
 from distillm_cli.extras.disco import (
     Distillation,
@@ -71,13 +71,12 @@ from distillm_cli.runs.resume import (
     check_total_steps,
 )
 from distillm_cli.runs.run_results import FineTuned, Outcome, PlanResult, TrainResult, TrainSummary
-from distillm_cli.runs.stages import check_directories, read_checkpoints
+from distillm_cli.runs.stages import check_directories, is_at_end, read_checkpoints, start_trainer, train_or_restore
 from distillm_cli.runs.start import TrainOptions
 from distillm_cli.runs.train import interrupted, report_checkpoints
 from distillm_cli.training.checkpoint import Checkpoint, Checkpoints, read_checkpoint
 from distillm_cli.training.distributed import launched_processes, world
-from distillm_cli.training.events import Event, Listener, Note, Warned, silent
-from distillm_cli.training.metrics_log import new_metrics_log
+from distillm_cli.training.events import Listener, Note, Warned, silent
 from distillm_cli.training.state import RunInfo, TrainerState
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.training.validation import Validator
@@ -548,25 +547,24 @@ def measure_student(
 
 def _distill_first(run: EmbeddingRun, stage: Resolved, output: Path, checkpoint: Checkpoint | None) -> None:
     """Distill the student, or resume that; the weights of a finished stage are read."""
-    seed = run.recipe.train.seed
     training = _distillation(run, stage, output, checkpoint)
-    if _is_finished(training):
-        _load_weights(run.student, best_checkpoint(output))
-        run.listener(Note(f"already distilled: {output}"))
-    else:
-        run.listener(Note(f"distilling the student first, in {output}"))
-        output_dir.write_recipe(output, to_yaml(stage))
-        torch.manual_seed(seed)
+    is_finished = is_at_end(checkpoint, training.steps) and (output / "model.safetensors").is_file()
+
+    def train() -> None:
         run.listener(FineTuned(_train(run, training, "distill", time.perf_counter()), "Distillation"))
-    torch.manual_seed(seed)
 
+    def restore() -> None:
+        _load_weights(run.student, best_checkpoint(output))
 
-def _is_finished(stage: _Stage) -> bool:
-    """Return whether a stage has finished its last step and published its model."""
-    if stage.checkpoint is None:
-        return False
-    is_last = stage.checkpoint.state["progress"]["step"] == stage.steps
-    return is_last and (stage.output / "model.safetensors").is_file()
+    train_or_restore(
+        stage,
+        output,
+        run.listener,
+        title="distilling the student first",
+        done="already distilled",
+        train=train,
+        restore=restore if is_finished else None,
+    )
 
 
 def _train(run: EmbeddingRun, stage: _Stage, command: str, started: float) -> TrainResult:
@@ -603,20 +601,17 @@ def _train(run: EmbeddingRun, stage: _Stage, command: str, started: float) -> Tr
 
 def _trainer(run: EmbeddingRun, stage: _Stage) -> Trainer:
     """Return the trainer of a stage, with the state of the checkpoint if there is one."""
-    recipe = stage.resolved.recipe
     checkpoint = stage.checkpoint
-    if checkpoint is not None:
-        if not checkpoint.tensors:
-            what = "the best checkpoint, older than the last ones, has weights only"
-            hint = "use it as a model, or start over with --overwrite"
-            raise CheckpointError("checkpoint.weights_only", what, where=str(checkpoint.path), hint=hint)
+    if checkpoint is not None and checkpoint.tensors:
         _load_weights(run.student, checkpoint)
-    progress = {"step": 0} if checkpoint is None else checkpoint.state["progress"]
-    log = new_metrics_log(stage.output / output_dir.METRICS, stage.config, progress)
+    trainer = start_trainer(partial(_new_trainer, run, stage), stage.output, stage.config, checkpoint, run.listener)
+    if run.device.type == "cpu":
+        keep_freed_memory()
+    return trainer
 
-    def log_and_report(event: Event) -> None:
-        log(event)
-        run.listener(event)
+
+def _new_trainer(run: EmbeddingRun, stage: _Stage, listener: Listener) -> Trainer:
+    recipe = stage.resolved.recipe
 
     def save_model(directory: Path) -> None:
         run.student.save(directory)
@@ -632,29 +627,21 @@ def _trainer(run: EmbeddingRun, stage: _Stage) -> Trainer:
         pass_overhead=pass_overhead(run.device.type, run.student.width),
         identity=lambda: {"recipe": fixed_values(recipe), "inputs": run.inputs},
     )
-    trainer = Trainer(
+    return Trainer(
         stage.loss,
         SequencePool(
             lambda step: [stage.sequences[i] for i in stage.order.batch(step)],
             build_scheduler(recipe.schedule, steps=stage.steps, seed=recipe.train.seed),
         ),
         None,
-        validator=EmbeddingValidator(
-            run.held_out, stage.measure, info, select=recipe.train.select, listener=log_and_report
-        ),
+        validator=EmbeddingValidator(run.held_out, stage.measure, info, select=recipe.train.select, listener=listener),
         checkpoints=Checkpoints(
-            stage.output / output_dir.CHECKPOINTS, save_model, keep=recipe.train.keep, listener=log_and_report
+            stage.output / output_dir.CHECKPOINTS, save_model, keep=recipe.train.keep, listener=listener
         ),
         config=stage.config,
         run=info,
-        listener=log_and_report,
+        listener=listener,
     )
-    if run.device.type == "cpu":
-        keep_freed_memory()
-    if checkpoint is not None:
-        with as_checkpoint_error(checkpoint):
-            trainer.load(checkpoint)
-    return trainer
 
 
 def _load_weights(student: SentenceEncoder, checkpoint: Checkpoint) -> None:
