@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -12,6 +12,9 @@ from distillm_cli.cli.options import FieldFlags, command
 from distillm_cli.cli.usage import check_sampling_inputs
 from distillm_cli.config.shortcuts import MODELS_PANEL, SAMPLING_PANEL
 from distillm_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from distillm_cli.data.rows import Split
 
 SampledModel = Annotated[
     str | None,
@@ -168,7 +171,7 @@ def generate(
     flags = generation_flags(fields, greedy=chosen.greedy)
     source = PromptSource(
         data=chosen.data,
-        split=chosen.split,
+        split=cast("Split | None", chosen.split),  # another name is an error of check_request
         prompts=chosen.prompts,
         input=chosen.input,
         limit=chosen.limit,

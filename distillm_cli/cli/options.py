@@ -172,27 +172,30 @@ def _escaped(text: str) -> str:
 # Commands
 
 
-class _PlainHelp:
-    """Show parameters in the help by their metavars alone: no ``<bool>`` for flags, no ``<str>`` for arguments."""
-
-    def get_params(self, context: typer.Context) -> list[Any]:
-        params = super().get_params(context)
-        for param in params:
-            if param.param_type_name == "argument":
-                label = param.metavar if param.required else f"[{param.metavar}]"
-                param.get_usage_pieces = lambda _, label=label: [label]
-                param.display_type_rich = lambda ctx: ""
-            elif param.metavar is None:
-                param.metavar = ""
-        return params
-
-
-class PlainCommand(_PlainHelp, TyperCommand):
+class PlainCommand(TyperCommand):
     """Define a command with plain metavars in its help."""
 
+    def get_params(self, context: Any) -> list[Any]:
+        return _with_plain_metavars(super().get_params(context))
 
-class PlainGroup(_PlainHelp, TyperGroup):
+
+class PlainGroup(TyperGroup):
     """Define a group of commands with plain metavars in its help."""
+
+    def get_params(self, context: Any) -> list[Any]:
+        return _with_plain_metavars(super().get_params(context))
+
+
+def _with_plain_metavars(params: list[Any]) -> list[Any]:
+    """Show parameters in the help by their metavars alone: no ``<bool>`` for flags, no ``<str>`` for arguments."""
+    for param in params:
+        if param.param_type_name == "argument":
+            label = param.metavar if param.required else f"[{param.metavar}]"
+            param.get_usage_pieces = lambda _, label=label: [label]
+            param.display_type_rich = lambda ctx: ""
+        elif param.metavar is None:
+            param.metavar = ""
+    return params
 
 
 class Command(NamedTuple):
@@ -234,10 +237,10 @@ def expand(verb: str, function: Callable[..., None]) -> Callable[..., None]:
                 arguments[name] = given[name]
         function(**arguments)
 
-    paragraphs = inspect.getdoc(function).split("\n\n")
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
     run.__doc__ = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)  # typer prints line breaks
     parameters = [parameter for group in groups.values() for parameter in group]
-    run.__signature__ = inspect.Signature(parameters)
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 

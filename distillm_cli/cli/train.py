@@ -147,8 +147,8 @@ def launch(
             what = "--warm-teacher-cache writes no output directory"
             raise UsageError("usage.exclusive_options", what, hint="drop --output, --resume, --overwrite and --compare")
         with console(json_mode=chosen.json, quiet=chosen.quiet) as ui:
-            result = warm_teacher_cache(resolved, ui, rebuild=rebuild_teacher_cache, notes=notes)
-            ui.result(result.as_json())
+            cache = warm_teacher_cache(resolved, ui, rebuild=rebuild_teacher_cache, notes=notes)
+            ui.result(cache.as_json())
         return
     run_options = TrainOptions(
         resume=chosen.resume,
