@@ -24,12 +24,8 @@ CheckpointArgument = Annotated[
 ]
 ResultsDirectory = Annotated[
     str | None,
-    typer.Option(
-        "--output",
-        metavar="DIR",
-        callback=options.check_named,
-        help=r"Output directory of the results. [dim]\[default: CKPT/eval][/]",
-        rich_help_panel=options.OUTPUT_PANEL,
+    options.named(
+        "--output", "DIR", r"Output directory of the results. [dim]\[default: CKPT/eval][/]", options.OUTPUT_PANEL
     ),
 ]
 

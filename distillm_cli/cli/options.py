@@ -318,6 +318,16 @@ def _completed(incomplete: str, words: list[str]) -> list[str]:
 # Options that set no field
 
 
+def switch(flag: str, help: str, panel: str) -> Any:
+    """Return an option without a value."""
+    return typer.Option(flag, metavar="", help=help, rich_help_panel=panel)
+
+
+def named(flag: str, metavar: str, help: str, panel: str) -> Any:
+    """Return an option whose value is a name, an address or a path, which must not be empty."""
+    return typer.Option(flag, metavar=metavar, callback=check_named, help=help, rich_help_panel=panel)
+
+
 def check_named(parameter: typer.CallbackParam, value: Any) -> Any:
     """Raise UsageError for an empty name, such as the value of an unset shell variable.
 
@@ -357,55 +367,34 @@ Set = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    typer.Option(
-        "--dry-run",
-        metavar="",
-        help="Print the resolved recipe with the origin of each value.",
-        rich_help_panel=RECIPE_PANEL,
-    ),
+    switch("--dry-run", "Print the resolved recipe with the origin of each value.", RECIPE_PANEL),
 ]
 Output = Annotated[
     str | None,
-    typer.Option(
-        "--output",
-        metavar="DIR",
-        callback=check_named,
-        help=r"Output directory. [dim]\[default: runs/<name>][/]",
-        rich_help_panel=OUTPUT_PANEL,
-    ),
+    named("--output", "DIR", r"Output directory. [dim]\[default: runs/<name>][/]", OUTPUT_PANEL),
 ]
 Resume = Annotated[
     bool,
-    typer.Option(
-        "--resume", metavar="", help="Resume from the newest checkpoint in --output.", rich_help_panel=OUTPUT_PANEL
-    ),
+    switch("--resume", "Resume from the newest checkpoint in --output.", OUTPUT_PANEL),
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", metavar="", help="Replace the run in --output.", rich_help_panel=OUTPUT_PANEL),
+    switch("--overwrite", "Replace the run in --output.", OUTPUT_PANEL),
 ]
 Json = Annotated[
     bool,
-    typer.Option(
-        "--json", metavar="", help="Print the result as one JSON object on stdout.", rich_help_panel=OUTPUT_PANEL
-    ),
+    switch("--json", "Print the result as one JSON object on stdout.", OUTPUT_PANEL),
 ]
 Quiet = Annotated[
     bool,
-    typer.Option(
-        "--quiet",
-        metavar="",
-        help="Print only the result, warnings and errors, no progress.",
-        rich_help_panel=OUTPUT_PANEL,
-    ),
+    switch("--quiet", "Print only the result, warnings and errors, no progress.", OUTPUT_PANEL),
 ]
 Strict = Annotated[
     bool,
-    typer.Option(
+    switch(
         "--strict",
-        metavar="",
-        help="Stop before the first step if a check warns: ends, templates, teacher, rows, memory, disk.",
-        rich_help_panel=OUTPUT_PANEL,
+        "Stop before the first step if a check warns: ends, templates, teacher, rows, memory, disk.",
+        OUTPUT_PANEL,
     ),
 ]
 Track = Annotated[
@@ -421,26 +410,13 @@ Track = Annotated[
 ]
 Push = Annotated[
     str | None,
-    typer.Option(
-        "--push",
-        metavar="NAME",
-        callback=check_named,
-        help="Upload the output directory to this repository of the hub.",
-        rich_help_panel=OUTPUT_PANEL,
-    ),
+    named("--push", "NAME", "Upload the output directory to this repository of the hub.", OUTPUT_PANEL),
 ]
 PushDryRun = Annotated[
     bool,
-    typer.Option(
-        "--push-dry-run",
-        metavar="",
-        help="With --push: only list the files to upload.",
-        rich_help_panel=OUTPUT_PANEL,
-    ),
+    switch("--push-dry-run", "With --push: only list the files to upload.", OUTPUT_PANEL),
 ]
-Debug = Annotated[
-    bool, typer.Option("--debug", metavar="", help="Print tracebacks with errors.", rich_help_panel=OUTPUT_PANEL)
-]
+Debug = Annotated[bool, switch("--debug", "Print tracebacks with errors.", OUTPUT_PANEL)]
 
 
 @dataclass(frozen=True)
