@@ -1,8 +1,7 @@
 """Check, before the first step, whether a prepared run is likely to work: ends, templates, teacher, rows, memory, disk.
 
-Most distillations that fail do so because of a mismatch that nobody was told about. A check is a function in ``_CHECKS``
-that yields findings; each finding says what is wrong, where, and which setting cures it. ``distillm plan`` shows all
-of them, and a run those that are warnings.
+Most distillations that fail do so because of a mismatch that nothing reported. A check yields findings; each finding says
+what is wrong, where, and which setting cures it. ``distillm plan`` shows all of them, and a run those that are warnings.
 """
 
 from __future__ import annotations

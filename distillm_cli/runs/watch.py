@@ -23,7 +23,7 @@ from distillm_cli.errors import UsageError
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.recorded_run import finite_number, json_object
 from distillm_cli.runs.stage_record import RECORD
-from distillm_cli.training.events import Event, RunStarted, Stepped, Validated
+from distillm_cli.training.events import Alarmed, Event, RunStarted, Stepped, Validated
 from distillm_cli.utils import manifest
 from distillm_cli.utils.storage import is_locked
 
@@ -37,16 +37,6 @@ ENDED = "ended without a result"  # killed, or stopped by an error
 _STEP = ("step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds")
 _VALIDATION = ("step", "valid_loss", "phi")
 _SILENT_SECONDS = 120.0  # age of the last line after which a run counts as ended if the file system has no locks
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """Hold an alarm of a run's health checks, as ``metrics.jsonl`` has it."""
-
-    name: str
-    step: int
-    message: str
-    cure: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,7 @@ class RunView:
     events: list[Event] = field(default_factory=list)
     log_steps: int = 1
     reading: int = 0
-    alarms: list[Alarm] = field(default_factory=list)
+    alarms: list[Alarmed] = field(default_factory=list)
     checkpoints: list[SavedStep] = field(default_factory=list)
     updated: float | None = None
     result: Mapping[str, Any] | None = None
@@ -109,7 +99,10 @@ class RunView:
             "valid_loss": valid[-1] if valid else None,
             "phi": next((e.phi for e in reversed(self.events) if isinstance(e, Stepped | Validated)), None),
             "checkpoints": [saved.step for saved in self.checkpoints],
-            "alarms": [vars(alarm) for alarm in self.alarms],
+            "alarms": [
+                {"name": alarm.name, "step": alarm.step, "message": alarm.message, "cure": alarm.cure}
+                for alarm in self.alarms
+            ],
         }
 
 
@@ -210,7 +203,7 @@ class _MetricsReader:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.alarms: list[Alarm] = []
+        self.alarms: list[Alarmed] = []
         self.reading = 0
         self.updated: float | None = None
         self._file: tuple[Path, int] | None = None  # path and inode
@@ -246,10 +239,8 @@ class _MetricsReader:
         with suppress(ValueError, TypeError, KeyError, AttributeError):  # not a line of this log
             entry = json.loads(line)
             if "alarm" in entry:
-                alarm = Alarm(
-                    str(entry["alarm"]), int(entry["step"]), str(entry.get("message", "")), str(entry.get("cure", ""))
-                )
-                self.alarms.append(alarm)
+                texts = [str(entry.get(key, "")) for key in ("message", "cure")]
+                self.alarms.append(Alarmed(int(entry["step"]), str(entry["alarm"]), *texts))
             elif "valid_loss" in entry:
                 self.events.append(_validated(entry))
             elif "loss" in entry:
