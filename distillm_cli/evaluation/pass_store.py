@@ -45,9 +45,9 @@ class StoredPass:
     seconds: float
 
 
-def predictions_file(name: str) -> str:
+def predictions_file(name: str, kind: str = "predictions") -> str:
     """Return the name of the file with the responses of a pass: a seed, or a name without one such as ``greedy``."""
-    return f"predictions-{'seed' if name.isdigit() else ''}{name}.jsonl"
+    return f"{kind}-{'seed' if name.isdigit() else ''}{name}.jsonl"
 
 
 class PassStore:
