@@ -39,7 +39,6 @@ TEACHER_LOSS = "teacher_loss"
 KL_TEACHER_STUDENT = "kl_teacher_student"
 KL_STUDENT_TEACHER = "kl_student_teacher"
 AGREEMENT = "agreement"
-LOWER_IS_BETTER = ("perplexity", LOSS, KL_TEACHER_STUDENT, KL_STUDENT_TEACHER)
 
 
 @dataclass(frozen=True)
