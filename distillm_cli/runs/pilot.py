@@ -136,7 +136,7 @@ class _Pilot:
         self.used_before = self.record.seconds
         self._prepare()
         self.plan = self.record.planned() or self._plan()
-        self._say_plan()
+        self._report_plan()
         try:
             self._rounds()
         except _OutOfTime:
@@ -247,7 +247,7 @@ class _Pilot:
     def _available(self) -> float:
         return self.budget * (1 - _RESERVE) - self.seconds()
 
-    def _say_plan(self) -> None:
+    def _report_plan(self) -> None:
         plan = self.plan
         steps = plan.steps(Arm(plan.grid.divergence[0], plan.grid.lr[0]))
         epochs = steps / self.run_of_pair.order.steps_per_epoch

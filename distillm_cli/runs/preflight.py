@@ -1,7 +1,7 @@
 """Check, before the first step, whether a prepared run is likely to work: ends, templates, teacher, rows, memory, disk.
 
-Most distillations that fail do so because of a mismatch that nothing reported. A check yields findings; each finding says
-what is wrong, where, and which setting cures it. ``distillm plan`` shows all of them, and a run those that are warnings.
+Most distillations that fail do so because of a mismatch that nothing reported. A check yields findings; each finding has
+what is wrong, where, and the setting that cures it. ``distillm plan`` shows all of them, and a run those that are warnings.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Finding:
     """Describe a property of a run that may make it fail.
 
     code: stable name, ``data.duplicates``. where: the file, model or setting. cure: the setting to change; empty for a
-    note that needs none. is_reported: preparing the run has already told the user.
+    note that needs none. is_reported: preparing the run has already reported it.
     """
 
     severity: Severity
