@@ -70,12 +70,11 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Hold one row's response. tokens: their number, including end-of-sequence. entropy: their mean, in nats.
+    """Hold one row's response.
 
-    A server gives no entropy.
-
-    text: the scored part. output: the whole response, including reasoning and structural special tokens. counts: by
-    RatioMetric, the row's contribution to the ratio.
+    text: the scored part. output: the whole response, including reasoning and structural special tokens. tokens: their
+    number, including end-of-sequence. complete: whether it ended before the length limit. entropy: mean over the tokens,
+    in nats; None from a server. counts: by RatioMetric, the row's contribution to the ratio.
     """
 
     text: str
