@@ -68,7 +68,7 @@ def eval_checkpoints(
         raise UsageError("usage.invalid_option", "missing argument 'CKPT...'", hint="see `distillm eval --help`")
     flags = evaluation_flags(fields)
     suites = flags["eval.suites"].value if "eval.suites" in flags else []
-    chosen = analysis.options()
+    chosen = analysis.to_options()
     chosen.check(len(set(checkpoints)), on_server=server is not None)
     models = [*(checkpoints if server is None else []), *([chosen.teacher] if chosen.teacher else [])]
     check_sampling_inputs("eval", models, suites, recipe, flags, sets)

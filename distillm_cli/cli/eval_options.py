@@ -96,7 +96,7 @@ class AnalysisFlags:
         ),
     ] = False
 
-    def options(self) -> EvalOptions:
+    def to_options(self) -> EvalOptions:
         """Return the options as ``evaluate`` takes them. Raises UsageError."""
         from distillm_cli.runs.eval_options import EvalOptions, JudgeOptions
 
