@@ -194,6 +194,42 @@ def _data_figures(run: Prepared) -> dict[str, Any]:
     }
 
 
+def _load_shapes(
+    recipe: Recipe, rows: Rows | None, stage_shapes: Mapping[str, Shape] | None
+) -> tuple[Shape, Shape | None]:
+    """Return the shapes of the student and of the teacher; None for SFT."""
+    texts = None if rows is None else partial(texts_of, rows, recipe.data)
+    max_length = chosen(recipe.data.max_length)
+    origin = None  # the teacher; in `sft`, the model that a built student takes its layers from
+    if recipe.teacher.path is not None and (recipe.method != "sft" or recipe.student.is_built):
+        origin = _teacher_shape(recipe, texts, max_length, stage_shapes)
+    student = load_shape(
+        recipe.student.required_path,
+        revision=recipe.student.revision,
+        tokenizer=recipe.student.tokenizer,
+        texts=texts,
+        teacher=origin,
+        max_length=max_length,
+        stage_shapes=stage_shapes,
+    )
+    return student, origin if recipe.method != "sft" else None
+
+
+def _tokenized(recipe: Recipe, rows: Rows, student: Shape, teacher: Shape | None) -> Examples | None:
+    """Return the tokenized training rows; None if the student's tokenizer is not available."""
+    tokenizer = student.tokenizer
+    if tokenizer is None:
+        return None
+    encoder = Encoder(
+        tokenizer,
+        _data_with_template(recipe, rows, tokenizer, None if teacher is None else teacher.tokenizer),
+        is_encoder_decoder=student.is_encoder_decoder,
+        needs_responses=recipe.needs_responses,
+    )
+    context = _context(student, teacher)
+    return by_source("train", rows, lambda _, part: tokenize(part, encoder, recipe.data, silent, context))
+
+
 def plan_from_configs(
     resolved: Resolved,
     listener: Listener = silent,
@@ -212,22 +248,7 @@ def plan_from_configs(
         check_rows(recipe)
     needed = recipe.needs_responses
     rows, why = read_if_available(lambda: load_rows(recipe.data, "train", require_output=needed), *recipe.data.names)
-
-    texts = None if rows is None else partial(texts_of, rows, recipe.data)
-    max_length = chosen(recipe.data.max_length)
-    origin = None  # the teacher; in `sft`, the model that a built student takes its layers from
-    if recipe.teacher.path is not None and (recipe.method != "sft" or recipe.student.is_built):
-        origin = _teacher_shape(recipe, texts, max_length, stage_shapes)
-    student = load_shape(
-        recipe.student.required_path,
-        revision=recipe.student.revision,
-        tokenizer=recipe.student.tokenizer,
-        texts=texts,
-        teacher=origin,
-        max_length=max_length,
-        stage_shapes=stage_shapes,
-    )
-    teacher = origin if recipe.method != "sft" else None
+    student, teacher = _load_shapes(recipe, rows, stage_shapes)
     vocab = student.vocab if teacher is None else min(student.vocab, teacher.vocab)
     notes = ["weights are not available: planned from the models' configs"]
     if teacher is not None:
@@ -236,17 +257,8 @@ def plan_from_configs(
         check_vocabularies(teacher.tokenizer, student.tokenizer)
     elif teacher is not None:
         notes.append("a tokenizer is not available: the vocabularies are not checked")
-    examples = None
-    tokenizer = student.tokenizer
-    if rows is not None and tokenizer is not None:
-        encoder = Encoder(
-            tokenizer,
-            _data_with_template(recipe, rows, tokenizer, None if teacher is None else teacher.tokenizer),
-            is_encoder_decoder=student.is_encoder_decoder,
-            needs_responses=recipe.needs_responses,
-        )
-        context = _context(student, teacher)
-        examples = by_source("train", rows, lambda _, part: tokenize(part, encoder, recipe.data, silent, context))
+    examples = None if rows is None else _tokenized(recipe, rows, student, teacher)
+    if examples is not None:
         lengths = _measured_lengths(recipe, examples)
     else:
         lengths = _longest_lengths(recipe, rows, student, teacher)
