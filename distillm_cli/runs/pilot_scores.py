@@ -53,9 +53,9 @@ class PairedDifference:
 
 def paired_difference(first: RowScores, second: RowScores, *, lower_is_better: bool) -> PairedDifference:
     """Return by how much the first model is better than the second, on the same rows."""
-    worse, better = (first, second) if lower_is_better else (second, first)
-    low, high, _ = paired_bootstrap(worse.sums(), better.sums(), _percentages)
-    return PairedDifference(better.figure - worse.figure, low, high)
+    a, b = (first, second) if lower_is_better else (second, first)
+    low, high, _ = paired_bootstrap(a.sums(), b.sums(), _percentages)
+    return PairedDifference(b.figure - a.figure, low, high)
 
 
 def _percentages(sums_RK: np.ndarray) -> np.ndarray:
