@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             command.main(argv, prog_name="distillm")
         except SystemExit as done:
-            return done.code or 0
+            return int(done.code or 0)
     try:
         code = _invoke(command, argv)
         sys.stdout.flush()

@@ -30,12 +30,8 @@ ChatModel = Annotated[
 ]
 TeacherBeside = Annotated[
     str | None,
-    typer.Option(
-        "--teacher",
-        metavar="PATH|NAME",
-        callback=options.check_named,
-        help="Second model, whose answers are shown beside those of the first.",
-        rich_help_panel=MODELS_PANEL,
+    options.named(
+        "--teacher", "PATH|NAME", "Second model, whose answers are shown beside those of the first.", MODELS_PANEL
     ),
 ]
 SystemMessage = Annotated[

@@ -24,12 +24,8 @@ CheckpointArgument = Annotated[
 ]
 ResultsDirectory = Annotated[
     str | None,
-    typer.Option(
-        "--output",
-        metavar="DIR",
-        callback=options.check_named,
-        help=r"Output directory of the results. [dim]\[default: CKPT/eval][/]",
-        rich_help_panel=options.OUTPUT_PANEL,
+    options.named(
+        "--output", "DIR", r"Output directory of the results. [dim]\[default: CKPT/eval][/]", options.OUTPUT_PANEL
     ),
 ]
 
@@ -72,7 +68,7 @@ def eval_checkpoints(
         raise UsageError("usage.invalid_option", "missing argument 'CKPT...'", hint="see `distillm eval --help`")
     flags = evaluation_flags(fields)
     suites = flags["eval.suites"].value if "eval.suites" in flags else []
-    chosen = analysis.options()
+    chosen = analysis.to_options()
     chosen.check(len(set(checkpoints)), on_server=server is not None)
     models = [*(checkpoints if server is None else []), *([chosen.teacher] if chosen.teacher else [])]
     check_sampling_inputs("eval", models, suites, recipe, flags, sets)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from distillm_cli.cli import options
 from distillm_cli.config.shortcuts import MODELS_PANEL
 from distillm_cli.errors import UsageError
@@ -18,12 +16,7 @@ ANALYSIS_PANEL = "Analysis"
 
 ListSuites = Annotated[
     bool,
-    typer.Option(
-        "--list",
-        metavar="",
-        help="List the suites with source, license, metrics and generation settings.",
-        rich_help_panel=MODELS_PANEL,
-    ),
+    options.switch("--list", "List the suites with source, license, metrics and generation settings.", MODELS_PANEL),
 ]
 
 
@@ -33,89 +26,77 @@ class AnalysisFlags:
 
     compare: Annotated[
         bool,
-        typer.Option(
+        options.switch(
             "--compare",
-            metavar="",
-            help="Compare each checkpoint with the first: difference, interval and p by a paired bootstrap over rows.",
-            rich_help_panel=ANALYSIS_PANEL,
+            "Compare each checkpoint with the first: difference, interval and p by a paired bootstrap over rows.",
+            ANALYSIS_PANEL,
         ),
     ] = False
     perplexity: Annotated[
         bool,
-        typer.Option(
-            "--perplexity", metavar="", help="Measure the perplexity of the references.", rich_help_panel=ANALYSIS_PANEL
-        ),
+        options.switch("--perplexity", "Measure the perplexity of the references.", ANALYSIS_PANEL),
     ] = False
     teacher: Annotated[
         str | None,
-        typer.Option(
+        options.named(
             "--teacher",
-            metavar="PATH|NAME",
-            callback=options.check_named,
-            help="Measure KL to this model both ways and the agreement of the top token, on the references.",
-            rich_help_panel=ANALYSIS_PANEL,
+            "PATH|NAME",
+            "Measure KL to this model both ways and the agreement of the top token, on the references.",
+            ANALYSIS_PANEL,
         ),
     ] = None
     leakage: Annotated[
         bool,
-        typer.Option(
+        options.switch(
             "--leakage",
-            metavar="",
-            help="Count training rows and 13-grams that occur in a suite, and score it without them.",
-            rich_help_panel=ANALYSIS_PANEL,
+            "Count training rows and 13-grams that occur in a suite, and score it without them.",
+            ANALYSIS_PANEL,
         ),
     ] = False
     train_data: Annotated[
         str | None,
-        typer.Option(
+        options.named(
             "--train-data",
-            metavar="PATH|NAME",
-            callback=options.check_named,
-            help=r"Training rows for --leakage. [dim]\[default: those of the checkpoint's recipe][/]",
-            rich_help_panel=ANALYSIS_PANEL,
+            "PATH|NAME",
+            r"Training rows for --leakage. [dim]\[default: those of the checkpoint's recipe][/]",
+            ANALYSIS_PANEL,
         ),
     ] = None
     judge: Annotated[
         str | None,
-        typer.Option(
+        options.named(
             "--judge",
-            metavar="MODEL",
-            callback=options.check_named,
-            help="Let a model on a server rate the responses, and with --compare choose the better of two.",
-            rich_help_panel=ANALYSIS_PANEL,
+            "MODEL",
+            "Let a model on a server rate the responses, and with --compare choose the better of two.",
+            ANALYSIS_PANEL,
         ),
     ] = None
     judge_url: Annotated[
         str | None,
-        typer.Option(
+        options.named(
             "--judge-url",
-            metavar="URL",
-            callback=options.check_named,
-            help=r"OpenAI-compatible API of the judge. [dim]\[default: $OPENAI_BASE_URL, else OpenAI's][/]",
-            rich_help_panel=ANALYSIS_PANEL,
+            "URL",
+            r"OpenAI-compatible API of the judge. [dim]\[default: $OPENAI_BASE_URL, else OpenAI's][/]",
+            ANALYSIS_PANEL,
         ),
     ] = None
     judge_prices: Annotated[
         str | None,
-        typer.Option(
+        options.named(
             "--judge-prices",
-            metavar="IN,OUT",
-            callback=options.check_named,
-            help="Prices of a million tokens of input and output, to show the cost.",
-            rich_help_panel=ANALYSIS_PANEL,
+            "IN,OUT",
+            "Prices of a million tokens of input and output, to show the cost.",
+            ANALYSIS_PANEL,
         ),
     ] = None
     rescore: Annotated[
         bool,
-        typer.Option(
-            "--rescore",
-            metavar="",
-            help="Score again what has results of the same weights, rows and settings.",
-            rich_help_panel=options.OUTPUT_PANEL,
+        options.switch(
+            "--rescore", "Score again what has results of the same weights, rows and settings.", options.OUTPUT_PANEL
         ),
     ] = False
 
-    def options(self) -> EvalOptions:
+    def to_options(self) -> EvalOptions:
         """Return the options as ``evaluate`` takes them. Raises UsageError."""
         from distillm_cli.runs.eval_options import EvalOptions, JudgeOptions
 

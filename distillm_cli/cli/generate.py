@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -13,14 +13,13 @@ from distillm_cli.cli.usage import check_sampling_inputs
 from distillm_cli.config.shortcuts import MODELS_PANEL, SAMPLING_PANEL
 from distillm_cli.errors import UsageError
 
+if TYPE_CHECKING:
+    from distillm_cli.data.rows import Split
+
 SampledModel = Annotated[
     str | None,
-    typer.Option(
-        "--model",
-        metavar="PATH|NAME",
-        callback=options.check_named,
-        help="Model: an output directory, a model directory, a hub name, or builtin.",
-        rich_help_panel=MODELS_PANEL,
+    options.named(
+        "--model", "PATH|NAME", "Model: an output directory, a model directory, a hub name, or builtin.", MODELS_PANEL
     ),
 ]
 PromptData = Annotated[
@@ -49,12 +48,8 @@ Prompt = Annotated[
 ]
 PromptFile = Annotated[
     str | None,
-    typer.Option(
-        "--input",
-        metavar="FILE|-",
-        callback=options.check_named,
-        help="File of prompts: a text file (one per line), a data file, or stdin (-).",
-        rich_help_panel=MODELS_PANEL,
+    options.named(
+        "--input", "FILE|-", "File of prompts: a text file (one per line), a data file, or stdin (-).", MODELS_PANEL
     ),
 ]
 PromptLimit = Annotated[
@@ -63,12 +58,11 @@ PromptLimit = Annotated[
 ]
 ServedBy = Annotated[
     str | None,
-    typer.Option(
+    options.named(
         "--server",
-        metavar="URL",
-        callback=options.check_named,
-        help="OpenAI-compatible server that generates. --model: a directory with the tokenizer, or a name on the server.",
-        rich_help_panel=MODELS_PANEL,
+        "URL",
+        "OpenAI-compatible server that generates. --model: a directory with the tokenizer, or a name on the server.",
+        MODELS_PANEL,
     ),
 ]
 ResponsesPerPrompt = Annotated[
@@ -83,25 +77,19 @@ ResponsesPerPrompt = Annotated[
 ]
 GreedyDecoding = Annotated[
     bool,
-    typer.Option("--greedy", metavar="", help="Greedy decoding, as --temperature 0.", rich_help_panel=SAMPLING_PANEL),
+    options.switch("--greedy", "Greedy decoding, as --temperature 0.", SAMPLING_PANEL),
 ]
 RowsFile = Annotated[
     str | None,
-    typer.Option(
-        "--output",
-        metavar="FILE",
-        callback=options.check_named,
-        help=r"Output file, .jsonl. [dim]\[default: stdout][/]",
-        rich_help_panel=options.OUTPUT_PANEL,
-    ),
+    options.named("--output", "FILE", r"Output file, .jsonl. [dim]\[default: stdout][/]", options.OUTPUT_PANEL),
 ]
 ResumeFile = Annotated[
     bool,
-    typer.Option("--resume", metavar="", help="Continue an incomplete FILE.", rich_help_panel=options.OUTPUT_PANEL),
+    options.switch("--resume", "Continue an incomplete FILE.", options.OUTPUT_PANEL),
 ]
 OverwriteFile = Annotated[
     bool,
-    typer.Option("--overwrite", metavar="", help="Replace an existing FILE.", rich_help_panel=options.OUTPUT_PANEL),
+    options.switch("--overwrite", "Replace an existing FILE.", options.OUTPUT_PANEL),
 ]
 
 
@@ -168,7 +156,7 @@ def generate(
     flags = generation_flags(fields, greedy=chosen.greedy)
     source = PromptSource(
         data=chosen.data,
-        split=chosen.split,
+        split=cast("Split | None", chosen.split),  # another name is an error of check_request
         prompts=chosen.prompts,
         input=chosen.input,
         limit=chosen.limit,

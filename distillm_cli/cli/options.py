@@ -172,27 +172,30 @@ def _escaped(text: str) -> str:
 # Commands
 
 
-class _PlainHelp:
-    """Show parameters in the help by their metavars alone: no ``<bool>`` for flags, no ``<str>`` for arguments."""
-
-    def get_params(self, context: typer.Context) -> list[Any]:
-        params = super().get_params(context)
-        for param in params:
-            if param.param_type_name == "argument":
-                label = param.metavar if param.required else f"[{param.metavar}]"
-                param.get_usage_pieces = lambda _, label=label: [label]
-                param.display_type_rich = lambda ctx: ""
-            elif param.metavar is None:
-                param.metavar = ""
-        return params
-
-
-class PlainCommand(_PlainHelp, TyperCommand):
+class PlainCommand(TyperCommand):
     """Define a command with plain metavars in its help."""
 
+    def get_params(self, context: Any) -> list[Any]:
+        return _with_plain_metavars(super().get_params(context))
 
-class PlainGroup(_PlainHelp, TyperGroup):
+
+class PlainGroup(TyperGroup):
     """Define a group of commands with plain metavars in its help."""
+
+    def get_params(self, context: Any) -> list[Any]:
+        return _with_plain_metavars(super().get_params(context))
+
+
+def _with_plain_metavars(params: list[Any]) -> list[Any]:
+    """Show parameters in the help by their metavars alone: no ``<bool>`` for flags, no ``<str>`` for arguments."""
+    for param in params:
+        if param.param_type_name == "argument":
+            label = param.metavar if param.required else f"[{param.metavar}]"
+            param.get_usage_pieces = lambda _, label=label: [label]
+            param.display_type_rich = lambda ctx: ""
+        elif param.metavar is None:
+            param.metavar = ""
+    return params
 
 
 class Command(NamedTuple):
@@ -234,10 +237,10 @@ def expand(verb: str, function: Callable[..., None]) -> Callable[..., None]:
                 arguments[name] = given[name]
         function(**arguments)
 
-    paragraphs = inspect.getdoc(function).split("\n\n")
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
     run.__doc__ = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)  # typer prints line breaks
     parameters = [parameter for group in groups.values() for parameter in group]
-    run.__signature__ = inspect.Signature(parameters)
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
@@ -315,6 +318,16 @@ def _completed(incomplete: str, words: list[str]) -> list[str]:
 # Options that set no field
 
 
+def switch(flag: str, help: str, panel: str) -> Any:
+    """Return an option without a value."""
+    return typer.Option(flag, metavar="", help=help, rich_help_panel=panel)
+
+
+def named(flag: str, metavar: str, help: str, panel: str) -> Any:
+    """Return an option whose value is a name, an address or a path, which must not be empty."""
+    return typer.Option(flag, metavar=metavar, callback=check_named, help=help, rich_help_panel=panel)
+
+
 def check_named(parameter: typer.CallbackParam, value: Any) -> Any:
     """Raise UsageError for an empty name, such as the value of an unset shell variable.
 
@@ -354,55 +367,34 @@ Set = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    typer.Option(
-        "--dry-run",
-        metavar="",
-        help="Print the resolved recipe with the origin of each value.",
-        rich_help_panel=RECIPE_PANEL,
-    ),
+    switch("--dry-run", "Print the resolved recipe with the origin of each value.", RECIPE_PANEL),
 ]
 Output = Annotated[
     str | None,
-    typer.Option(
-        "--output",
-        metavar="DIR",
-        callback=check_named,
-        help=r"Output directory. [dim]\[default: runs/<name>][/]",
-        rich_help_panel=OUTPUT_PANEL,
-    ),
+    named("--output", "DIR", r"Output directory. [dim]\[default: runs/<name>][/]", OUTPUT_PANEL),
 ]
 Resume = Annotated[
     bool,
-    typer.Option(
-        "--resume", metavar="", help="Resume from the newest checkpoint in --output.", rich_help_panel=OUTPUT_PANEL
-    ),
+    switch("--resume", "Resume from the newest checkpoint in --output.", OUTPUT_PANEL),
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", metavar="", help="Replace the run in --output.", rich_help_panel=OUTPUT_PANEL),
+    switch("--overwrite", "Replace the run in --output.", OUTPUT_PANEL),
 ]
 Json = Annotated[
     bool,
-    typer.Option(
-        "--json", metavar="", help="Print the result as one JSON object on stdout.", rich_help_panel=OUTPUT_PANEL
-    ),
+    switch("--json", "Print the result as one JSON object on stdout.", OUTPUT_PANEL),
 ]
 Quiet = Annotated[
     bool,
-    typer.Option(
-        "--quiet",
-        metavar="",
-        help="Print only the result, warnings and errors, no progress.",
-        rich_help_panel=OUTPUT_PANEL,
-    ),
+    switch("--quiet", "Print only the result, warnings and errors, no progress.", OUTPUT_PANEL),
 ]
 Strict = Annotated[
     bool,
-    typer.Option(
+    switch(
         "--strict",
-        metavar="",
-        help="Stop before the first step if a check warns: ends, templates, teacher, rows, memory, disk.",
-        rich_help_panel=OUTPUT_PANEL,
+        "Stop before the first step if a check warns: ends, templates, teacher, rows, memory, disk.",
+        OUTPUT_PANEL,
     ),
 ]
 Track = Annotated[
@@ -418,26 +410,13 @@ Track = Annotated[
 ]
 Push = Annotated[
     str | None,
-    typer.Option(
-        "--push",
-        metavar="NAME",
-        callback=check_named,
-        help="Upload the output directory to this repository of the hub.",
-        rich_help_panel=OUTPUT_PANEL,
-    ),
+    named("--push", "NAME", "Upload the output directory to this repository of the hub.", OUTPUT_PANEL),
 ]
 PushDryRun = Annotated[
     bool,
-    typer.Option(
-        "--push-dry-run",
-        metavar="",
-        help="With --push: only list the files to upload.",
-        rich_help_panel=OUTPUT_PANEL,
-    ),
+    switch("--push-dry-run", "With --push: only list the files to upload.", OUTPUT_PANEL),
 ]
-Debug = Annotated[
-    bool, typer.Option("--debug", metavar="", help="Print tracebacks with errors.", rich_help_panel=OUTPUT_PANEL)
-]
+Debug = Annotated[bool, switch("--debug", "Print tracebacks with errors.", OUTPUT_PANEL)]
 
 
 @dataclass(frozen=True)

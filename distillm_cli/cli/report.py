@@ -21,50 +21,35 @@ RunDirectories = Annotated[
 ]
 Sort = Annotated[
     str | None,
-    typer.Option(
+    options.named(
         "--sort",
-        metavar="COLUMN",
-        callback=options.check_named,
-        help="Sort by a metric, seconds, tokens_per_s, rollouts or a setting, the best first.",
-        rich_help_panel=options.OUTPUT_PANEL,
+        "COLUMN",
+        "Sort by a metric, seconds, tokens_per_s, rollouts or a setting, the best first.",
+        options.OUTPUT_PANEL,
     ),
 ]
-Csv = Annotated[
-    bool, typer.Option("--csv", metavar="", help="Print CSV with every figure.", rich_help_panel=options.OUTPUT_PANEL)
-]
-Markdown = Annotated[
-    bool, typer.Option("--md", metavar="", help="Print a Markdown table.", rich_help_panel=options.OUTPUT_PANEL)
-]
+Csv = Annotated[bool, options.switch("--csv", "Print CSV with every figure.", options.OUTPUT_PANEL)]
+Markdown = Annotated[bool, options.switch("--md", "Print a Markdown table.", options.OUTPUT_PANEL)]
 Html = Annotated[
     bool,
-    typer.Option(
-        "--html", metavar="", help="Write report.html: one file, no scripts.", rich_help_panel=options.OUTPUT_PANEL
-    ),
+    options.switch("--html", "Write report.html: one file, no scripts.", options.OUTPUT_PANEL),
 ]
 Plots = Annotated[
     bool,
-    typer.Option(
-        "--plots", metavar="", help="Write the charts as SVG and PNG in plots/.", rich_help_panel=options.OUTPUT_PANEL
-    ),
+    options.switch("--plots", "Write the charts as SVG and PNG in plots/.", options.OUTPUT_PANEL),
 ]
 Place = Annotated[
     str | None,
-    typer.Option(
+    options.named(
         "--output",
-        metavar="DIR",
-        callback=options.check_named,
-        help=r"Directory of report.html and plots/. [dim]\[default: the run's, or the one that has all runs][/]",
-        rich_help_panel=options.OUTPUT_PANEL,
+        "DIR",
+        r"Directory of report.html and plots/. [dim]\[default: the run's, or the one that has all runs][/]",
+        options.OUTPUT_PANEL,
     ),
 ]
 Card = Annotated[
     bool,
-    typer.Option(
-        "--card",
-        metavar="",
-        help="Add the scores of evaluations to the model card (README.md).",
-        rich_help_panel=options.OUTPUT_PANEL,
-    ),
+    options.switch("--card", "Add the scores of evaluations to the model card (README.md).", options.OUTPUT_PANEL),
 ]
 ShownRows = Annotated[
     int,

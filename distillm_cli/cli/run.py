@@ -42,21 +42,19 @@ PipelineSet = Annotated[
 ]
 PipelineDryRun = Annotated[
     bool,
-    typer.Option(
+    options.switch(
         "--dry-run",
-        metavar="",
-        help="Print the recipe of every stage with the origin of each value, and which stages would run.",
-        rich_help_panel=PIPELINE_PANEL,
+        "Print the recipe of every stage with the origin of each value, and which stages would run.",
+        PIPELINE_PANEL,
     ),
 ]
 PipelineOutput = Annotated[
     str | None,
-    typer.Option(
+    options.named(
         "--output",
-        metavar="DIR",
-        callback=options.check_named,
-        help=r"Output directory, with one subdirectory per stage. [dim]\[default: runs/<name>][/]",
-        rich_help_panel=options.OUTPUT_PANEL,
+        "DIR",
+        r"Output directory, with one subdirectory per stage. [dim]\[default: runs/<name>][/]",
+        options.OUTPUT_PANEL,
     ),
 ]
 

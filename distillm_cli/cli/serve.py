@@ -29,19 +29,11 @@ MoreArguments = Annotated[
 ]
 ModelToServe = Annotated[
     str | None,
-    typer.Option(
-        "--model",
-        metavar="PATH|NAME|SPEC",
-        callback=options.check_named,
-        help="Model to serve, in place of the recipe's.",
-        rich_help_panel=MODELS_PANEL,
-    ),
+    options.named("--model", "PATH|NAME|SPEC", "Model to serve, in place of the recipe's.", MODELS_PANEL),
 ]
 StartServer = Annotated[
     bool,
-    typer.Option(
-        "--start", metavar="", help="Run the command instead of printing it.", rich_help_panel=options.OUTPUT_PANEL
-    ),
+    options.switch("--start", "Run the command instead of printing it.", options.OUTPUT_PANEL),
 ]
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from typing import Any
 
 from distillm_cli.errors import DistillmError, typed_options
 from distillm_cli.utils.storage import discard_stdout
@@ -35,7 +36,7 @@ class _SafeStream(io.RawIOBase):
     def isatty(self) -> bool:
         return self._file.isatty()
 
-    def write(self, data) -> int:
+    def write(self, data: Any) -> int:
         with suppress(OSError, ValueError):  # a full disk, a closed pipe, a closed terminal
             written = self._file.write(data)
             if written is None:  # non-blocking, and full
@@ -58,7 +59,7 @@ def open_streams() -> None:
         elif mode == "w" and isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
     if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
-        raw = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)  # under PYTHONUNBUFFERED there is no buffer
+        raw: Any = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)  # under PYTHONUNBUFFERED there is no buffer
         sys.stderr = io.TextIOWrapper(
             io.BufferedWriter(_SafeStream(raw)),
             encoding=sys.stderr.encoding,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import typer
-
 from distillm_cli.cli import options
 from distillm_cli.cli.options import FieldFlags, command
 from distillm_cli.config.shortcuts import METHOD_PANEL
@@ -14,31 +12,24 @@ from distillm_cli.errors import UsageError
 
 WarmTeacherCache = Annotated[
     bool,
-    typer.Option(
+    options.switch(
         "--warm-teacher-cache",
-        metavar="",
-        help="Only compute the teacher's hidden states for the rows and store them on disk for later runs.",
-        rich_help_panel=METHOD_PANEL,
+        "Only compute the teacher's hidden states for the rows and store them on disk for later runs.",
+        METHOD_PANEL,
     ),
 ]
 RebuildTeacherCache = Annotated[
     bool,
-    typer.Option(
-        "--rebuild-teacher-cache",
-        metavar="",
-        help="Replace a stale or damaged teacher cache on disk.",
-        rich_help_panel=METHOD_PANEL,
-    ),
+    options.switch("--rebuild-teacher-cache", "Replace a stale or damaged teacher cache on disk.", METHOD_PANEL),
 ]
 
 
 Compare = Annotated[
     bool,
-    typer.Option(
+    options.switch(
         "--compare",
-        metavar="",
-        help="Also train plain SFT and off-policy distillation for the same seconds, in OUTPUT/compare.",
-        rich_help_panel=METHOD_PANEL,
+        "Also train plain SFT and off-policy distillation for the same seconds, in OUTPUT/compare.",
+        METHOD_PANEL,
     ),
 ]
 
@@ -147,8 +138,8 @@ def launch(
             what = "--warm-teacher-cache writes no output directory"
             raise UsageError("usage.exclusive_options", what, hint="drop --output, --resume, --overwrite and --compare")
         with console(json_mode=chosen.json, quiet=chosen.quiet) as ui:
-            result = warm_teacher_cache(resolved, ui, rebuild=rebuild_teacher_cache, notes=notes)
-            ui.result(result.as_json())
+            cache = warm_teacher_cache(resolved, ui, rebuild=rebuild_teacher_cache, notes=notes)
+            ui.result(cache.as_json())
         return
     run_options = TrainOptions(
         resume=chosen.resume,

@@ -71,7 +71,7 @@ def check_sampling_inputs(
 
 def explained(problem: Any, argv: list[str]) -> UsageError:
     """Return a parser's exception as a UsageError. The default hint names the command's help."""
-    context = getattr(problem, "ctx", None)
+    context: Any = getattr(problem, "ctx", None)
     words = takewhile(lambda word: not word.startswith("-"), argv)
     path = context.command_path if context is not None else " ".join(["distillm", *words][:2])
     flag, message = getattr(problem, "option_name", None), " ".join(problem.format_message().split())
@@ -115,8 +115,9 @@ def _with_field(plain: UsageError, flag: str, raw: str | None, path: str) -> Usa
     if keys is None:
         return plain
     value: Any = raw
-    with suppress(TypeError, ValueError):
-        value = float(raw)
+    if raw is not None:
+        with suppress(ValueError):
+            value = float(raw)
     hint = suggest_fix(keys[0], value, verb, flag)
     return UsageError(plain.code, plain.what, where=f"expected {expected_values(keys[0], by_flag=True)}", hint=hint)
 

@@ -26,11 +26,8 @@ RunDirectory = Annotated[
 ]
 Once = Annotated[
     bool,
-    typer.Option(
-        "--once",
-        metavar="",
-        help="Print the current state and exit, as when stdout is not a terminal.",
-        rich_help_panel=options.OUTPUT_PANEL,
+    options.switch(
+        "--once", "Print the current state and exit, as when stdout is not a terminal.", options.OUTPUT_PANEL
     ),
 ]
 

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 
 from distillm_cli.errors import StorageError
 from distillm_cli.training.events import Listener, Note, Warned
-from distillm_cli.utils.storage import atomic_directory, flush, locked, storing, sweep
+from distillm_cli.utils.storage import atomic_directory, flush, known_sha256, locked, storing, sweep
 
 STORE_FORMAT = 1
 STORE_FILE = "store.json"
@@ -101,19 +101,7 @@ def open_or_make(
 
 def fingerprint(paths: Iterable[Path]) -> list[tuple[str, str]]:
     """Return the name and the SHA-256 of each file."""
-    return [(path.name, sha256_of(path)) for path in paths]
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file. A process computes it again only after the file has changed."""
-    found = path.stat()
-    return _sha256_of(path, found.st_size, found.st_mtime_ns, found.st_ino)
-
-
-@lru_cache(maxsize=64)
-def _sha256_of(path: Path, *_: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return [(path.name, known_sha256(path)) for path in paths]
 
 
 def _open(directory: Path, key: str) -> Store:
@@ -126,7 +114,7 @@ def _open(directory: Path, key: str) -> Store:
             path = directory / name
             if (found := path.stat().st_size) != size:
                 raise _Unusable(f"{name} has {found:,} bytes instead of {size:,}")
-            if sha256_of(path) != digest:
+            if known_sha256(path) != digest:
                 raise _Unusable(f"{name} differs from its SHA-256")
         return Store(directory, key, metadata["facts"])
     except OSError as error:
@@ -140,7 +128,7 @@ def _write_metadata(staged: Path, key: str, facts: dict[str, Any]) -> None:
     files = {}
     for path in sorted(staged.iterdir()):
         flush(path)
-        files[path.name] = [path.stat().st_size, sha256_of(path)]
+        files[path.name] = [path.stat().st_size, known_sha256(path)]
     metadata = {"format": STORE_FORMAT, "key": key, "files": files, "facts": facts}
     (staged / STORE_FILE).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
     flush(staged / STORE_FILE)

@@ -14,11 +14,11 @@ from distillm_cli.data.batching import Examples, tokenize, tokenize_into
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.row_store import StoredRows
 from distillm_cli.data.sources import Rows
-from distillm_cli.data.store import fingerprint, key_of, mapped, open_or_make, sha256_of
+from distillm_cli.data.store import fingerprint, key_of, mapped, open_or_make
 from distillm_cli.errors import StorageError
 from distillm_cli.training.events import Event, Listener, Note, Warned
 from distillm_cli.types import PackedSequences, SequencePacker
-from distillm_cli.utils.storage import cache_root
+from distillm_cli.utils.storage import cache_root, known_sha256
 from distillm_cli.utils.text import counted
 
 _IDS = "ids.bin"  # int32: prompt and response of each sequence
@@ -82,7 +82,7 @@ def _encoder_key(encoder: Encoder) -> str:
     """Return a digest of everything in an encoder that token ids depend on: its settings and its tokenizer's files."""
     data = encoder.data
     files = {
-        name: sha256_of(Path(path).expanduser()) for name in ("tools", "documents") if (path := getattr(data, name))
+        name: known_sha256(Path(path).expanduser()) for name in ("tools", "documents") if (path := getattr(data, name))
     }
     with tempfile.TemporaryDirectory(prefix="distillm-") as directory:
         encoder.tokenizer.save_pretrained(directory)

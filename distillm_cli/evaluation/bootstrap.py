@@ -18,7 +18,7 @@ from distillm_cli.evaluation.predictions import PassSums, mean_and_sd
 RESAMPLES = 9999
 LEVEL = 0.95
 _SEED = 10
-_NUMBERS = 10**7  # of counts at once
+_COUNTS = 10**7  # at once
 FigureOfSums = Callable[[np.ndarray], np.ndarray]
 
 
@@ -91,31 +91,26 @@ def paired_bootstrap(a: PassSums, b: PassSums, of_sums: FigureOfSums) -> tuple[f
 
     p is twice the smaller share of resamples with a difference of at most, or at least, 0, with one added to both counts.
     """
-    from scipy.stats import bootstrap
+    random = np.random.default_rng(_SEED)
+    most = max(1, _COUNTS // a.shape[1])
+    parts = []
+    for done in range(0, RESAMPLES, most):
+        counts_RN = _resampled_counts(random, min(most, RESAMPLES - done), a.shape[1])
+        parts.append(_mean_figures(b, counts_RN, of_sums) - _mean_figures(a, counts_RN, of_sums))
+    differences_R = np.concatenate(parts)
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(differences_R, [tail, 1 - tail])
+    smaller = min(int((differences_R <= 0).sum()), int((differences_R >= 0).sum()))
+    return float(low), float(high), min(1.0, 2 * (smaller + 1) / (RESAMPLES + 1))
 
-    rows = a.shape[1]
 
-    def figures(sums: PassSums, counts_RN: np.ndarray) -> np.ndarray:
-        return np.mean([of_sums(counts_RN @ sums_NK) for sums_NK in sums], axis=0)
+def _resampled_counts(random: np.random.Generator, sets: int, rows: int) -> np.ndarray:
+    """Return how often each row is in each of ``sets`` sets of ``rows`` rows, drawn with replacement, [sets, rows]."""
+    drawn_RN = random.integers(0, rows, (sets, rows))
+    flat = (drawn_RN + rows * np.arange(sets)[:, None]).ravel()
+    return np.bincount(flat, minlength=sets * rows).reshape(sets, rows).astype(np.float64)
 
-    def difference(rows_RN: np.ndarray, axis: int = -1) -> np.ndarray:
-        drawn_RN = rows_RN.reshape(-1, rows_RN.shape[-1]).astype(np.int64)
-        sets = len(drawn_RN)
-        flat = (drawn_RN + rows * np.arange(sets)[:, None]).ravel()
-        counts_RN = np.bincount(flat, minlength=sets * rows).reshape(sets, rows).astype(np.float64)
-        return (figures(b, counts_RN) - figures(a, counts_RN)).reshape(rows_RN.shape[:-1])
 
-    found = bootstrap(
-        (np.arange(rows),),
-        difference,
-        n_resamples=RESAMPLES,
-        batch=max(1, _NUMBERS // rows),
-        vectorized=True,
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(_SEED),
-    )
-    drawn = found.bootstrap_distribution
-    smaller = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
-    interval = found.confidence_interval
-    return float(interval.low), float(interval.high), min(1.0, 2 * (smaller + 1) / (len(drawn) + 1))
+def _mean_figures(sums: PassSums, counts_RN: np.ndarray, of_sums: FigureOfSums) -> np.ndarray:
+    """Return the mean figure over the passes of each set of rows, [sets]."""
+    return np.mean([of_sums(counts_RN @ sums_NK) for sums_NK in sums], axis=0)

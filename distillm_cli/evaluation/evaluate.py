@@ -70,12 +70,11 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Hold one row's response. tokens: their number, including end-of-sequence. entropy: their mean, in nats.
+    """Hold one row's response.
 
-    A server gives no entropy.
-
-    text: the scored part. output: the whole response, including reasoning and structural special tokens. counts: by
-    RatioMetric, the row's contribution to the ratio.
+    text: the scored part. output: the whole response, including reasoning and structural special tokens. tokens: their
+    number, including end-of-sequence. complete: whether it ended before the length limit. entropy: mean over the tokens,
+    in nats; None from a server. counts: by RatioMetric, the row's contribution to the ratio.
     """
 
     text: str
@@ -255,32 +254,27 @@ def _respond(
     metrics = _row_metrics(config, references)
     for name, seed, sampling in passes(config):
         stored = None if store is None else store.load(name, len(prompts))
-        if stored is not None:
-            seconds += stored.seconds
-            responses = zip(stored.responses, references, strict=True)
-            answers[name] = [_answer(response, accepted, config, metrics) for response, accepted in responses]
-            continue
-        start = time.monotonic()
-        samples = dict(
-            sample_all(
-                decoder,
-                prompts,
-                sampling,
-                seed=seed,
-                batch_size=config.batch_size,
-                listener=listener,
-                task=f"{task}, {name if name == GREEDY else f'seed {name}'}",
-                entropy=True,
+        if stored is None:
+            start = time.monotonic()
+            samples = dict(
+                sample_all(
+                    decoder,
+                    prompts,
+                    sampling,
+                    seed=seed,
+                    batch_size=config.batch_size,
+                    listener=listener,
+                    task=f"{task}, {name if name == GREEDY else f'seed {name}'}",
+                    entropy=True,
+                )
             )
-        )
-        spent = time.monotonic() - start
-        seconds += spent
-        generated = [
-            _response(output_text(encoder, prompt, samples[i]), samples[i]) for i, prompt in enumerate(prompts)
-        ]
-        if store is not None:
-            store.save(name, StoredPass(generated, spent))
-        responses = zip(generated, references, strict=True)
+            spent = time.monotonic() - start
+            texts = [output_text(encoder, prompt, samples[i]) for i, prompt in enumerate(prompts)]
+            stored = StoredPass([_response(text, samples[i]) for i, text in enumerate(texts)], spent)
+            if store is not None:
+                store.save(name, stored)
+        seconds += stored.seconds
+        responses = zip(stored.responses, references, strict=True)
         answers[name] = [_answer(response, accepted, config, metrics) for response, accepted in responses]
     return answers, seconds
 

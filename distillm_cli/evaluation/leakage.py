@@ -7,7 +7,6 @@ does not count.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -68,9 +67,9 @@ def find_leakage(rows: list[Row], train: Iterable[Row]) -> Leakage:
     same_prompts: set[int] = set()
     same_rows: set[int] = set()
     with_ngram: set[int] = set()
-    seen = Counter[str]()
+    train_rows = 0
     for row in train:
-        seen["rows"] += 1
+        train_rows += 1
         prompt = _words(_prompt_text(row))
         found = {_words(text) for text in row.references}
         for i in prompts.get(prompt, ()):
@@ -80,7 +79,7 @@ def find_leakage(rows: list[Row], train: Iterable[Row]) -> Leakage:
         for response in found or {()}:
             for ngram in _ngrams(prompt + response):
                 with_ngram |= counted.get(ngram, set())
-    return Leakage(len(rows), seen["rows"], frozenset(same_prompts), frozenset(same_rows), frozenset(with_ngram))
+    return Leakage(len(rows), train_rows, frozenset(same_prompts), frozenset(same_rows), frozenset(with_ngram))
 
 
 def _prompt_text(row: Row) -> str:

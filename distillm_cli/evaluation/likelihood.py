@@ -22,25 +22,23 @@ from distillm_cli.data.batching import batches_by_length
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.errors import DataError
 from distillm_cli.evaluation.results import load_summary, write_results
-from distillm_cli.evaluation.suites import Suite
+from distillm_cli.evaluation.suites import Suite, answered_sequences
 from distillm_cli.losses.fused import target_log_probs, token_divergences
 from distillm_cli.losses.plain import top_tokens
 from distillm_cli.teachers.local import LanguageModel
 from distillm_cli.training.distributed import in_first_process
 from distillm_cli.training.events import Listener, Progress, Warned, silent
-from distillm_cli.types import Batch, Sequence, collate
+from distillm_cli.types import Batch, collate
 from distillm_cli.utils.text import counted
 
 DIRECTORY = "references"  # of the results of a suite
 _ROWS = "references.jsonl"
-_NO_LIMIT = 2**31
 # Sums over the tokens of a row. The figures of a set of rows are their sums divided by the tokens.
 LOSS = "loss"
 TEACHER_LOSS = "teacher_loss"
 KL_TEACHER_STUDENT = "kl_teacher_student"
 KL_STUDENT_TEACHER = "kl_student_teacher"
 AGREEMENT = "agreement"
-LOWER_IS_BETTER = ("perplexity", LOSS, KL_TEACHER_STUDENT, KL_STUDENT_TEACHER)
 
 
 @dataclass(frozen=True)
@@ -92,11 +90,8 @@ def measure_references(
     Rows that are longer than ``context``, or have a token that one of the models lacks, are left out with a warning.
     Raises DataError if no row is left.
     """
-    limit = context or _NO_LIMIT
-    encoder = encoder.with_settings(max_length=limit, max_prompt_length=limit, too_long="drop")
-    rows = [row for row in suite.rows if row.is_answered]
-    encoded = encoder.sequences(rows, context=context)
-    sequences = [s for s in encoded if isinstance(s, Sequence) and len(s.response) and s.response.max() < model.vocab]
+    rows, encoded = answered_sequences(suite, encoder, context)
+    sequences = [s for s in encoded if len(s.response) and s.response.max() < model.vocab]
     if not sequences:
         raise DataError(
             "data.no_references",

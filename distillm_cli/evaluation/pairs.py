@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from distillm_cli.data.sentences import scored_pairs
+from distillm_cli.evaluation.pass_store import predictions_file
 from distillm_cli.evaluation.results import load_summary, write_results
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.training.distributed import in_first_process
@@ -76,13 +77,13 @@ def save_pairs(result: PairResult, root: Path, about: Mapping[str, Any], limit: 
         for row, value in zip(rows, result.cosines, strict=True)
     ]
     summary = _head(result.suite, about, limit) | result.as_json()
-    write_results(_directory(result.suite, root, limit), summary, {f"predictions-{_PASS}.jsonl": lines})
+    write_results(_directory(result.suite, root, limit), summary, {predictions_file(_PASS): lines})
 
 
 @in_first_process
 def load_pairs(suite: Suite, root: Path, about: Mapping[str, Any], limit: int | None) -> dict[str, Any] | None:
     """Return the object of ``--json`` that was saved for the same suite and ``about``, None if none was."""
-    return load_summary(_directory(suite, root, limit), _head(suite, about, limit), (f"predictions-{_PASS}.jsonl",))
+    return load_summary(_directory(suite, root, limit), _head(suite, about, limit), (predictions_file(_PASS),))
 
 
 def _directory(suite: Suite, root: Path, limit: int | None) -> Path:

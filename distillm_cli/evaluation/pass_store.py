@@ -45,9 +45,9 @@ class StoredPass:
     seconds: float
 
 
-def predictions_file(name: str) -> str:
+def predictions_file(name: str, kind: str = "predictions") -> str:
     """Return the name of the file with the responses of a pass: a seed, or a name without one such as ``greedy``."""
-    return f"predictions-{'seed' if name.isdigit() else ''}{name}.jsonl"
+    return f"{kind}-{'seed' if name.isdigit() else ''}{name}.jsonl"
 
 
 class PassStore:
@@ -90,17 +90,17 @@ class PassStore:
         return StoredPass([StoredResponse(**{k: line[k] for k in fields}) for line in lines], entry["seconds"])
 
     @in_first_process
-    def save(self, name: str, responses: StoredPass) -> None:
+    def save(self, name: str, stored: StoredPass) -> None:
         """Write the responses of a pass. Raises StorageError."""
         file = predictions_file(name)
-        lines = [json.dumps(asdict(response), ensure_ascii=False) + "\n" for response in responses.responses]
+        lines = [json.dumps(asdict(response), ensure_ascii=False) + "\n" for response in stored.responses]
         text = "".join(lines)
         with storing(f"cannot write to {self.directory}", "choose another directory with --output"):
             self.directory.mkdir(parents=True, exist_ok=True)
             manifest.record(self.directory, [file])
             atomic_write(self.directory / file, text)
             digest = hashlib.sha256(text.encode()).hexdigest()
-            self._entries[name] = {"seconds": responses.seconds, "sha256": digest}
+            self._entries[name] = {"seconds": stored.seconds, "sha256": digest}
             self._write_index()
 
     def update(self) -> None:

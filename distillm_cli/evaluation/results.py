@@ -26,7 +26,7 @@ from typing import Any
 from distillm_cli import plugins
 from distillm_cli.config import schema
 from distillm_cli.data.encoder import Encoder
-from distillm_cli.evaluation.evaluate import GREEDY, Answer, SuiteResult
+from distillm_cli.evaluation.evaluate import GREEDY, Answer, SuiteResult, passes
 from distillm_cli.evaluation.metrics import RatioMetric, ratio
 from distillm_cli.evaluation.pass_store import PassStore, predictions_file
 from distillm_cli.evaluation.suites import Suite
@@ -84,7 +84,7 @@ def save_results(
     summary = {**_head(result.suite, result.config, result.template, about), **result.as_json()}
     files = {predictions_file(name): _predictions(result, name) for name in result.answers}
     if result.triggered is not None:
-        files |= {f"trigger-{_pass_name(name)}.jsonl": _triggered(result, name) for name in result.triggered.answers}
+        files |= {predictions_file(name, "trigger"): _triggered(result, name) for name in result.triggered.answers}
     write_results(directory, summary, files)
     if store is not None:
         with _storing(directory):
@@ -147,12 +147,11 @@ def load_results(
     """Return the object of ``--json`` that was saved for the same suite, settings and ``about``, None if none was."""
     head = _head(suite, config, template, about)
     directory = results_directory(suite, root, config, template)
-    saved = load_summary(directory, head)
-    if saved is None:
-        return None
-    passes = len(saved[config.metrics[0]]["seeds"])
-    kinds = ("predictions",) if config.trigger is None else ("predictions", "trigger")
-    return None if any(len([*directory.glob(f"{kind}-*.jsonl")]) < passes for kind in kinds) else saved
+    names = [name for name, _, _ in passes(config)]
+    files = [predictions_file(name) for name in names]
+    if config.trigger is not None:
+        files += [predictions_file(name, "trigger") for name in names]
+    return load_summary(directory, head, files)
 
 
 def load_summary(directory: Path, head: Mapping[str, Any], files: Iterable[str] = ()) -> dict[str, Any] | None:
@@ -213,11 +212,6 @@ def _triggered(result: SuiteResult, name: str) -> Iterator[dict[str, Any]]:
             "references": list(references),
             "success": answer.text.strip() == result.config.target.strip(),
         }
-
-
-def _pass_name(name: str) -> str:
-    """Return a pass's name in file names."""
-    return name if name == GREEDY else f"seed{name}"
 
 
 def _row_score(name: str, answer: Answer, references: tuple[str, ...], result: SuiteResult) -> float | None:

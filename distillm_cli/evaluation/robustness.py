@@ -15,16 +15,14 @@ from distillm_cli.config import schema
 from distillm_cli.data.batching import batches_by_length
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.errors import DataError
-from distillm_cli.evaluation.suites import Suite
+from distillm_cli.evaluation.suites import Suite, answered_sequences
 from distillm_cli.losses.attacks import Attack, find_perturbation, perturbed
 from distillm_cli.losses.plain import token_outcomes
 from distillm_cli.teachers.local import LanguageModel
 from distillm_cli.training.events import Listener, Warned, silent
-from distillm_cli.types import Sequence, collate
+from distillm_cli.types import Embedded, collate
 from distillm_cli.utils.modules import eval_mode
 from distillm_cli.utils.text import counted
-
-_NO_LIMIT = 2**31
 
 
 @dataclass(frozen=True)
@@ -74,20 +72,17 @@ def measure_attack(
 ) -> AttackResult:
     """Measure a model on the rows of a suite, with their first references as responses.
 
-    Rows that are longer than ``context`` are left out with a warning. Raises DataError if none is left.
+    Rows without a response, or longer than ``context``, are left out with a warning. Raises DataError if none is left.
     """
-    limit = context or _NO_LIMIT
-    encoder = encoder.with_settings(max_length=limit, max_prompt_length=limit, too_long="drop")
-    encoded = encoder.sequences(suite.rows, context=context)
-    sequences = [s for s in encoded if isinstance(s, Sequence)]
+    _, sequences = answered_sequences(suite, encoder, context)
     if not sequences:
         raise DataError(
             "data.no_rows_to_attack",
             f"{suite.name}: no row has a response within the model's context",
             where=suite.source,
-            hint="use a model with a longer context, or leave out --attack",
+            hint="use a suite with references, or leave out --attack",
         )
-    if left_out := len(encoded) - len(sequences):
+    if left_out := len(suite.rows) - len(sequences):
         listener(Warned(f"{suite.name}: {counted(left_out, 'row')} left out of the attack: too long, or no response"))
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     start = 0
@@ -97,18 +92,8 @@ def measure_attack(
             with torch.no_grad():
                 embedded = model.embed(batch)
             moved = perturbed(embedded, find_perturbation(model, batch, embedded, attack))
-            outcomes = []
-            with torch.no_grad():
-                for inputs in (embedded, moved):
-                    outcomes.append(
-                        torch.stack(
-                            [
-                                part.cpu().double()
-                                for part in token_outcomes(model.hidden_of(inputs), model.head(), batch.targets_N)
-                            ]
-                        )
-                    )
-            found.append((batch.rows_N.cpu() + start, outcomes[0], outcomes[1]))
+            at_rest, under_attack = (_outcomes(model, inputs, batch.targets_N) for inputs in (embedded, moved))
+            found.append((batch.rows_N.cpu() + start, at_rest, under_attack))
             start += len(rows)
     rows_N = torch.cat([rows for rows, _, _ in found])
     plain_2N = torch.cat([plain for _, plain, _ in found], dim=1)
@@ -116,6 +101,13 @@ def measure_attack(
     return AttackResult(
         attack, len(sequences), len(rows_N), _accuracy(rows_N, plain_2N), _accuracy(rows_N, attacked_2N)
     )
+
+
+@torch.no_grad()
+def _outcomes(model: LanguageModel, inputs: Embedded, targets_N: Tensor) -> Tensor:
+    """Return the losses of the tokens, and 1 for those that are right, [2, N]."""
+    parts = token_outcomes(model.hidden_of(inputs), model.head(), targets_N)
+    return torch.stack([part.cpu().double() for part in parts])
 
 
 def _accuracy(rows_N: Tensor, outcomes_2N: Tensor) -> TokenAccuracy:

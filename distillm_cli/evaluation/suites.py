@@ -12,15 +12,18 @@ from typing import Any
 
 from distillm_cli.config.schema import ColumnsConfig, DataConfig, EvalConfig, Recipe
 from distillm_cli.config.suite_file import SuiteFile, read_suite_file, suite_path
+from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.files import stem_of
 from distillm_cli.data.known import find_dataset
 from distillm_cli.data.sentences import ROWS_OR_PAIRS, is_pair_suite, scored_pairs
 from distillm_cli.data.sources import Row, Rows, Split, load_rows, path_kind, user_path
 from distillm_cli.errors import DataError
 from distillm_cli.training.events import Listener, Warned, silent
+from distillm_cli.types import Sequence
 from distillm_cli.utils.text import counted
 
 HELD_OUT = "held-out"
+_NO_LIMIT = 2**31  # tokens
 _GENERIC = {"train", "valid", "validation", "val", "dev", "test", "data"}
 
 
@@ -65,6 +68,17 @@ class Suite:
         """Return the SHA-256 of prompts and accepted answers, in order."""
         content = [(row.key, list(row.references)) for row in self.rows]
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
+
+
+def answered_sequences(suite: Suite, encoder: Encoder, context: int | None) -> tuple[list[Row], list[Sequence]]:
+    """Return the rows that have a response, and the sequences of those that fit into the model's context.
+
+    The response is the first reference. ``Sequence.row`` is the index in the returned rows.
+    """
+    limit = context or _NO_LIMIT
+    encoder = encoder.with_settings(max_length=limit, max_prompt_length=limit, too_long="drop")
+    rows = [row for row in suite.rows if row.is_answered]
+    return rows, [found for found in encoder.sequences(rows, context=context) if isinstance(found, Sequence)]
 
 
 def load_suites(recipe: Recipe, listener: Listener = silent) -> list[Suite]:

@@ -27,7 +27,7 @@ from distillm_cli.models.students import auto_class
 from distillm_cli.models.tokenizer_files import quiet
 from distillm_cli.training.distributed import in_first_process
 from distillm_cli.types import Batch
-from distillm_cli.utils.storage import atomic_write
+from distillm_cli.utils.storage import atomic_write, file_sha256
 
 _FORMAT = 1
 
@@ -139,7 +139,7 @@ def find_record(root: Path, path: str, dtype: torch.dtype) -> TeacherRecord | No
             is_of_files = sizes == [(file.name, file.stat().st_size) for file in files]
             if not is_of_files or record.dtype != str(dtype) or record.libraries != _libraries():
                 continue
-            if all(_sha256(file) == digest for file, (_, _, digest) in zip(files, record.files, strict=True)):
+            if all(file_sha256(file) == digest for file, (_, _, digest) in zip(files, record.files, strict=True)):
                 return record
     return None
 
@@ -157,7 +157,7 @@ def record_teacher(root: Path, path: str, teacher: Backbone, digest: str, state_
     if weight is None or (head.bias_V is not None and bias is None):
         return
     record = TeacherRecord(
-        files=[(file.name, file.stat().st_size, _sha256(file)) for file in files],
+        files=[(file.name, file.stat().st_size, file_sha256(file)) for file in files],
         dtype=str(head.weight_VD.dtype),
         head=weight,
         bias=bias,
@@ -236,8 +236,3 @@ def _read(directory: Path, place: tuple[str, str]) -> Tensor:
 
 def _libraries() -> str:
     return f"torch {torch.__version__} transformers {version('transformers')}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,22 +70,10 @@ def build_trainer(
     teacher: None for SFT. score: see ``Validator``. objective, extras: of a stage, in place of the recipe's.
     """
     recipe = run.recipe
-    epochs = run.steps / run.order.steps_per_epoch
     if objective is None:
+        epochs = run.steps / run.order.steps_per_epoch
         objective = objectives.build(None if run.sft else recipe.objective, epochs)
-    student_loss = StudentLoss(
-        run.student,
-        objective,
-        teacher_head=None if teacher is None else teacher.head,
-        matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
-        router_aux=run.router_aux,
-        extras=build_extras(recipe, run.pair, run.stages, listener) if extras is None else extras,
-    )
-    student_loss.kernel = _loss_kernel(run, student_loss, teacher, listener)
-    if is_sharded(recipe.train.shard):
-        check_can_shard(run.student, student_loss.extras.keys())
-        student_loss.sharding = ShardedStudent(run.student, student_loss, ("log_probs",))
-        listener(Note(f"the student is distributed over {world().size} processes (FSDP)"))
+    student_loss = _student_loss(run, objective, teacher, extras, listener)
     sharding = student_loss.sharding
     info = RunInfo(
         steps=run.steps,
@@ -134,23 +122,6 @@ def build_trainer(
         sampling=sampling,
         teacher_sampling=teacher_sampling,
     )
-    probe = None
-    if recipe.schedule.measures and teacher is not None and run.answered:
-        spread = np.linspace(0, len(run.answered) - 1, min(_PROBE_ROWS, len(run.answered)))
-        probe_sampler = None
-        if OUTPUT_LOSS in recipe.schedule.measures:
-            probe_sampler = _plain_sampler(
-                run, listener, seed=recipe.train.seed + _PROBE_SEED, steps=run.steps, by_row=True
-            )
-        probe = ScheduleProbe(
-            [run.answered[int(i)] for i in spread],
-            info,
-            teacher,
-            batch_rows=_PROBE_ROWS,
-            figures=recipe.schedule.measures,
-            sampler=probe_sampler,
-            sampling=sampling,
-        )
     validator = Validator(
         batches_by_length(run.answered, max(recipe.train.batch_size, 16)),
         info,
@@ -158,7 +129,7 @@ def build_trainer(
         teacher=teacher,
         score=None if score is None else scored,
         at_start=None if sharding.is_on else at_start,  # shards are not replaced: it is measured before the first step
-        probe=probe,
+        probe=_schedule_probe(run, info, teacher, sampling, listener),
         # A stage before the run, whose states are all cached, may have released the teacher.
         divergences=None if teacher is None or teacher.has_released_model else divergence_probe(run, info),
         listener=listener,
@@ -180,6 +151,57 @@ def build_trainer(
             stop_ids=run.student.stop_ids,
         ),
         listener=listener,
+    )
+
+
+def _student_loss(
+    run: Prepared,
+    objective: objectives.Objective,
+    teacher: LocalTeacher | None,
+    extras: Mapping[str, Extra] | None,
+    listener: Listener,
+) -> StudentLoss:
+    """Return the loss with its kernel, and with the student's shards if it is sharded. extras: None for the recipe's."""
+    recipe = run.recipe
+    student_loss = StudentLoss(
+        run.student,
+        objective,
+        teacher_head=None if teacher is None else teacher.head,
+        matmul_dtype=None if run.dtype == torch.float32 else run.dtype,
+        router_aux=run.router_aux,
+        extras=build_extras(recipe, run.pair, run.stages, listener) if extras is None else extras,
+    )
+    student_loss.kernel = _loss_kernel(run, student_loss, teacher, listener)
+    if is_sharded(recipe.train.shard):
+        check_can_shard(run.student, student_loss.extras.keys())
+        student_loss.sharding = ShardedStudent(run.student, student_loss, ("log_probs",))
+        listener(Note(f"the student is distributed over {world().size} processes (FSDP)"))
+    return student_loss
+
+
+def _schedule_probe(
+    run: Prepared,
+    info: RunInfo,
+    teacher: LocalTeacher | None,
+    sampling: Callable[[], AbstractContextManager[None]],
+    listener: Listener,
+) -> ScheduleProbe | None:
+    """Return what measures the figures that set φ, on evenly spaced held-out rows; None if the schedule needs none."""
+    recipe = run.recipe
+    if not recipe.schedule.measures or teacher is None or not run.answered:
+        return None
+    spread = np.linspace(0, len(run.answered) - 1, min(_PROBE_ROWS, len(run.answered)))
+    sampler = None
+    if OUTPUT_LOSS in recipe.schedule.measures:
+        sampler = _plain_sampler(run, listener, seed=recipe.train.seed + _PROBE_SEED, steps=run.steps, by_row=True)
+    return ScheduleProbe(
+        [run.answered[int(i)] for i in spread],
+        info,
+        teacher,
+        batch_rows=_PROBE_ROWS,
+        figures=recipe.schedule.measures,
+        sampler=sampler,
+        sampling=sampling,
     )
 
 

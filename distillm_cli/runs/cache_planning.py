@@ -59,6 +59,11 @@ class CachePlan:
         """Return whether a cache on disk has been computed before."""
         return self.disk is not None and self.disk.exists
 
+    @property
+    def has_samples(self) -> bool:
+        """Return whether states of rollouts or of the teacher's samples are cached."""
+        return bool(self.size.rollouts or self.size.samples)
+
 
 @dataclass(frozen=True)
 class DiskCache:
@@ -94,18 +99,15 @@ class TeacherHandle:
 
 
 def open_teacher(
-    run: Prepared, listener: Listener, *, started_mode: str | None = None, rebuild: bool = False
+    run: Prepared, cache_plan: CachePlan | None, listener: Listener, *, rebuild: bool = False
 ) -> TeacherHandle | None:
     """Open the run's teacher; None for SFT. A cache on disk is read, and computed first if it does not exist.
 
-    started_mode: on a resume, the mode of the original run. ``auto`` uses it again, since states of another mode are
-    rounded differently. Raises StorageError, CheckpointError, UsageError.
+    cache_plan: of ``plan_cache``. Raises StorageError, CheckpointError.
     """
-    model = run.pair.teacher
-    if model is None:
+    if cache_plan is None:
         return None
-    workload = workload_of(run)
-    cache_plan = plan_cache(run, workload, started_mode=started_mode, rebuild=rebuild)
+    model = run.teacher
     listener(Note(f"teacher cache: {cache_plan.why}{'' if cache_plan.place is None else f', in {cache_plan.place}'}"))
     if cache_plan.mode == "off":
         return TeacherHandle(LocalTeacher(model), cache_plan)
@@ -137,7 +139,7 @@ def open_teacher(
         mode=cache_plan.mode,
         rows=rows,
         composition=composition,
-        caches_rollouts=workload.rollouts_repeat or workload.samples_repeat,
+        caches_rollouts=cache_plan.has_samples,
         validation=HiddenStateTable.shared(validation, partial(_one_state, run)) if validation else None,
         # Quantized weights are not plain tensors that could be released one by one. A server's are not here.
         releases_model=rows is not None
@@ -165,7 +167,7 @@ def warm_cache(
     try:
         run = prepare(resolved.recipe, listener, prefetcher)
         check_served_teacher(run)
-        disk = _disk_cache(run, workload_of(run))
+        disk = _disk_cache(run, _workload_of(run))
         place = str(disk.place)
         _, hit, computed_tokens = _read_or_compute(run, disk, rebuild, listener)
     except KeyboardInterrupt as stop:
@@ -206,7 +208,7 @@ def check_rows(recipe: Recipe) -> None:
         )
 
 
-def workload_of(run: Prepared) -> CacheWorkload:
+def _workload_of(run: Prepared) -> CacheWorkload:
     """Return the properties that determine the cache's size.
 
     The teacher computes one token, to measure the states' width and dtype.
@@ -227,10 +229,14 @@ def workload_of(run: Prepared) -> CacheWorkload:
 
 
 @in_first_process
-def plan_cache(
-    run: Prepared, workload: CacheWorkload, *, started_mode: str | None = None, rebuild: bool = False
-) -> CachePlan:
-    """Return the location and size of the teacher cache. Arguments: see ``open_teacher``."""
+def plan_cache(run: Prepared, *, started_mode: str | None = None, rebuild: bool = False) -> CachePlan | None:
+    """Return the location and size of the teacher cache; None for SFT. For a cache on disk, the weights are hashed.
+
+    started_mode: on a resume, the mode of the original run. ``auto`` uses it again, since states of another mode are
+    rounded differently. Raises UsageError.
+    """
+    if run.pair.teacher is None:
+        return None
     if run.recipe.uncached_because is not None:
         return CachePlan("off", f"not cached, since {run.recipe.uncached_because}")
     mode = run.recipe.teacher.cache
@@ -240,6 +246,7 @@ def plan_cache(
             f"--rebuild-teacher-cache with --teacher-cache {mode}",
             hint="use --teacher-cache disk",
         )
+    workload = _workload_of(run)
     if mode == "disk" or (mode == "auto" and (rebuild or started_mode == "disk")):
         return _planned_on_disk(run, _disk_cache(run, workload), workload)
     if mode == "off":

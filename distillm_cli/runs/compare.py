@@ -83,7 +83,7 @@ def gap(
     after: Mapping[str, float | None],
     teacher: Mapping[str, float | None],
 ) -> str | None:
-    """Say which share of the distance from the first baseline to the teacher each model covers, by the first metric.
+    """Describe which share of the distance from the first baseline to the teacher each model covers, by the first metric.
 
     None without a metric, or if the teacher is not better than that baseline.
     """

@@ -124,7 +124,7 @@ def _ratio(scale: float, sums_RK: np.ndarray) -> np.ndarray:
 
 
 def comparison_sentence(found: Difference) -> str:
-    """Say what a comparison shows."""
+    """Return a comparison as a sentence."""
     direction = "higher" if found.difference > 0 else "lower"
     gap = f"{found.suite}, {found.metric}: {found.b} is {abs(found.difference):.2f} {direction} than {found.a}"
     if found.difference == 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 from distillm_cli.errors import UsageError
 from distillm_cli.servers.judge_client import check_judge
@@ -53,9 +52,6 @@ class EvalOptions:
         if self.compare and checkpoints < 2:
             what = "--compare needs two checkpoints or more"
             raise UsageError("usage.missing_value", what, hint="try distillm eval A B --compare")
-        if self.compare and find_spec("scipy") is None:
-            what = "--compare needs the package scipy"
-            raise UsageError("usage.missing_package", what, hint="pip install 'distillm[compare]'")
         if self.judge is not None:
             check_judge(self.judge.url)
         if on_server and self.measures_references:

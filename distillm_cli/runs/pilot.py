@@ -31,7 +31,7 @@ from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
-from distillm_cli.runs.cache_planning import open_teacher
+from distillm_cli.runs.cache_planning import open_teacher, plan_cache
 from distillm_cli.runs.defaults import fitted
 from distillm_cli.runs.pilot_costs import MEASURED, CostMeter, reset_student
 from distillm_cli.runs.pilot_plan import RUNGS, PilotPlan, kept, make_plan
@@ -136,7 +136,7 @@ class _Pilot:
         self.used_before = self.record.seconds
         self._prepare()
         self.plan = self.record.planned() or self._plan()
-        self._say_plan()
+        self._report_plan()
         try:
             self._rounds()
         except _OutOfTime:
@@ -214,7 +214,8 @@ class _Pilot:
         recipe = arm_recipe(self.base, Arm(self.grid.divergence[0], 1.0, schedule="auto")).recipe
         train = recipe.train.model_copy(update={"steps": None, "epochs": 2.0})
         recipe = recipe.model_copy(update={"train": train, "data": self.run_of_pair.recipe.data})
-        handle = open_teacher(replace(self.run_of_pair, recipe=recipe), self.listener)
+        run = replace(self.run_of_pair, recipe=recipe)
+        handle = open_teacher(run, plan_cache(run), self.listener)
         assert handle is not None
         return handle.teacher
 
@@ -246,7 +247,7 @@ class _Pilot:
     def _available(self) -> float:
         return self.budget * (1 - _RESERVE) - self.seconds()
 
-    def _say_plan(self) -> None:
+    def _report_plan(self) -> None:
         plan = self.plan
         steps = plan.steps(Arm(plan.grid.divergence[0], plan.grid.lr[0]))
         epochs = steps / self.run_of_pair.order.steps_per_epoch

@@ -30,22 +30,22 @@ def conclude(
     seconds: float,
 ) -> PilotResult:
     """Return the result of the trials in a record. full_steps: of the recipe's run. seconds: that the pilot has used."""
-    judge = _Judge(record, plan, metric)
-    whole = [arm for arm in judge.arms if arm.share == 1]
+    ranking = _Ranking(record, plan, metric)
+    whole = [arm for arm in ranking.arms if arm.share == 1]
     if not whole:
         hint = "give more --minutes in another --output"
         raise UsageError("usage.budget_too_small", "the budget ended before the first trial", hint=hint)
     chosen = record.decisions.get("best")
-    best = Arm(**chosen[0]) if chosen else judge.best(whole)
+    best = Arm(**chosen[0]) if chosen else ranking.best(whole)
     assert best is not None
-    steps, on_steps = _on_steps(judge, best, full_steps)
+    steps, on_steps = _on_steps(ranking, best, full_steps)
     answers = [
-        _on_objective(judge),
-        _on_temperature(judge),
-        _on_outputs(judge, best, full_steps, steps_per_epoch),
-        _on_sft(judge),
+        _on_objective(ranking),
+        _on_temperature(ranking),
+        _on_outputs(ranking, best, full_steps, steps_per_epoch),
+        _on_sft(ranking),
         on_steps,
-        _on_rate(judge, best),
+        _on_rate(ranking, best),
     ]
     return PilotResult(
         output=output,
@@ -55,7 +55,7 @@ def conclude(
         steps=steps,
         metric=metric.name,
         rows=plan_rows(record),
-        arms=tuple(judge.table(best)),
+        arms=tuple(ranking.table(best)),
         answers=tuple(answer for answer in answers if answer),
         notes=tuple(record.notes),
     )
@@ -67,14 +67,14 @@ def choose_best(record: PilotRecord, plan: PilotPlan, metric: Metric, finished: 
     If trials are shorter than the recipe's run, an adaptive schedule that is not clearly worse than rows alone comes first:
     rows repeat more often in the longer run, and there student outputs gain more.
     """
-    judge = _Judge(record, plan, metric)
+    ranking = _Ranking(record, plan, metric)
     finished = list(finished)
-    best = judge.best(finished)
+    best = ranking.best(finished)
     assert best is not None
-    adaptive = judge.best(arm for arm in finished if arm.schedule in _ADAPTIVE)
+    adaptive = ranking.best(arm for arm in finished if arm.schedule in _ADAPTIVE)
     if best.source != "rows" or adaptive is None or not is_short(plan, best, full_steps):
         return best
-    difference = judge.compare(best, adaptive, _LAST)
+    difference = ranking.compare(best, adaptive, _LAST)
     return best if difference.is_clear else adaptive
 
 
@@ -90,8 +90,8 @@ def plan_rows(record: PilotRecord) -> int:
 
 
 @dataclass
-class _Judge:
-    """Compare the arms of a record."""
+class _Ranking:
+    """Rank the arms of a record, and compare two of them."""
 
     record: PilotRecord
     plan: PilotPlan
@@ -188,45 +188,45 @@ def _interval(difference: PairedDifference) -> str:
     return f"{word} by {abs(difference.mean):.2f} (95 % interval {low:.2f} to {high:.2f})".replace("-", "−")
 
 
-def _on_objective(judge: _Judge) -> str | None:
-    """Say which objective is best on the rows, at the best temperature, and how it compares with the next."""
-    on_rows = _on_rows(judge)
-    best = judge.best(on_rows)
+def _on_objective(ranking: _Ranking) -> str | None:
+    """Describe which objective is best on the rows, at the best temperature, and how it compares with the next."""
+    on_rows = _on_rows(ranking)
+    best = ranking.best(on_rows)
     if best is None:
         return None
-    ranked = judge.best_of_each("divergence", (arm for arm in on_rows if arm.temperature == best.temperature))
+    ranked = ranking.best_of_each("divergence", (arm for arm in on_rows if arm.temperature == best.temperature))
     if len(ranked) == 1:
         return f"Objective: {best.divergence}, the only one that was tried."
-    difference, clause = judge.versus(*ranked[:2])
+    difference, clause = ranking.versus(*ranked[:2])
     verdict = "" if difference.is_clear else ", but the difference to the next is not clear"
     return f"Objective: {best.divergence} is the best{verdict}: {clause}."
 
 
-def _on_temperature(judge: _Judge) -> str | None:
-    """Say which temperature is best on the rows with the first objective, and how it compares with the next."""
-    first = judge.plan.grid.divergence[0]
-    ranked = judge.best_of_each("temperature", (arm for arm in _on_rows(judge) if arm.divergence == first))
+def _on_temperature(ranking: _Ranking) -> str | None:
+    """Describe which temperature is best on the rows with the first objective, and how it compares with the next."""
+    first = ranking.plan.grid.divergence[0]
+    ranked = ranking.best_of_each("temperature", (arm for arm in _on_rows(ranking) if arm.divergence == first))
     if len(ranked) < 2:
         return None
-    difference, clause = judge.versus(*ranked[:2])
+    difference, clause = ranking.versus(*ranked[:2])
     verdict = "" if difference.is_clear else ", but the difference to the next is not clear"
     return f"Temperature: {ranked[0].temperature:g} is the best{verdict}: {clause}."
 
 
-def _on_rows(judge: _Judge) -> list[Arm]:
+def _on_rows(ranking: _Ranking) -> list[Arm]:
     """Return the arms that train on rows alone by a divergence."""
-    return [arm for arm in judge.arms if arm.source == "rows" and arm.share == 1]
+    return [arm for arm in ranking.arms if arm.source == "rows" and arm.share == 1]
 
 
-def _on_outputs(judge: _Judge, best: Arm, full_steps: int, steps_per_epoch: int) -> str | None:
-    """Say whether student outputs pay for themselves, in the same seconds."""
-    outputs = judge.best(arm for arm in judge.arms if arm.source == "outputs" and arm.share == 1)
-    rows = judge.best(_on_rows(judge))
+def _on_outputs(ranking: _Ranking, best: Arm, full_steps: int, steps_per_epoch: int) -> str | None:
+    """Describe whether student outputs pay for themselves, in the same seconds."""
+    outputs = ranking.best(arm for arm in ranking.arms if arm.source == "outputs" and arm.share == 1)
+    rows = ranking.best(_on_rows(ranking))
     if outputs is None or rows is None:
         return None
-    equal = judge.record.decisions.get("equal seconds", [])
-    with_equal_seconds = [arm for fields in equal if (arm := Arm(**fields)) in judge.arms]
-    difference, clause = judge.versus(outputs, with_equal_seconds[0] if with_equal_seconds else rows)
+    equal = ranking.record.decisions.get("equal seconds", [])
+    with_equal_seconds = [arm for fields in equal if (arm := Arm(**fields)) in ranking.arms]
+    difference, clause = ranking.versus(outputs, with_equal_seconds[0] if with_equal_seconds else rows)
     if not difference.is_clear:
         verdict = "It is not clear that student outputs pay for themselves here"
     elif difference.mean > 0:
@@ -234,8 +234,8 @@ def _on_outputs(judge: _Judge, best: Arm, full_steps: int, steps_per_epoch: int)
     else:
         verdict = "Student outputs do not pay for themselves here"
     sentence = f"{verdict}: {clause}."
-    if is_short(judge.plan, rows, full_steps):
-        epochs = [steps / steps_per_epoch for steps in (judge.plan.steps(rows), full_steps)]
+    if is_short(ranking.plan, rows, full_steps):
+        epochs = [steps / steps_per_epoch for steps in (ranking.plan.steps(rows), full_steps)]
         sentence += (
             f" The trials had {epochs[0]:.1f} epochs and the recipe has {epochs[1]:.1f}: student outputs gain more"
         )
@@ -245,34 +245,34 @@ def _on_outputs(judge: _Judge, best: Arm, full_steps: int, steps_per_epoch: int)
     return sentence
 
 
-def _on_sft(judge: _Judge) -> str | None:
-    """Say whether plain SFT is enough. It may stop early, as `distillm sft` does: its best figure counts."""
-    sft = judge.best(arm for arm in judge.arms if arm.divergence == SFT_ARM and arm.share == 1)
-    other = judge.best(arm for arm in judge.arms if arm.divergence != SFT_ARM and arm.share == 1)
+def _on_sft(ranking: _Ranking) -> str | None:
+    """Describe whether plain SFT is enough. It may stop early, as `distillm sft` does: its best figure counts."""
+    sft = ranking.best(arm for arm in ranking.arms if arm.divergence == SFT_ARM and arm.share == 1)
+    other = ranking.best(arm for arm in ranking.arms if arm.divergence != SFT_ARM and arm.share == 1)
     if sft is None or other is None:
         return None
-    difference, clause = judge.versus_after(other, judge.rung(other), sft, judge.best_rung(sft))
+    difference, clause = ranking.versus_after(other, ranking.rung(other), sft, ranking.best_rung(sft))
     if not difference.is_clear:
         return f"Plain SFT may be enough, as no difference to distillation is clear: {clause}."
     return f"Plain SFT is {'not ' if difference.mean > 0 else ''}enough: {clause}."
 
 
-def _on_rate(judge: _Judge, best: Arm) -> str | None:
-    """Say whether the best learning rate is at an end of those that were tried."""
-    rates = [arm.lr for arm in judge.arms if arm.divergence == best.divergence]
+def _on_rate(ranking: _Ranking, best: Arm) -> str | None:
+    """Describe at which end of those that were tried the best learning rate is; None if it is at neither."""
+    rates = [arm.lr for arm in ranking.arms if arm.divergence == best.divergence]
     if len(set(rates)) == 1 or min(rates) < best.lr < max(rates):
         return None
     end, more = ("largest", "larger") if best.lr == max(rates) else ("smallest", "smaller")
     return f"The best learning rate, {best.lr:g}, is the {end} that was tried; {more} ones may be better."
 
 
-def _on_steps(judge: _Judge, best: Arm, full_steps: int) -> tuple[int, str | None]:
+def _on_steps(ranking: _Ranking, best: Arm, full_steps: int) -> tuple[int, str | None]:
     """Return the steps that are worth it, and a sentence. Without a trial of half of the steps, they are the recipe's."""
     short = replace(best, share=0.5)
-    if short not in judge.arms:
+    if short not in ranking.arms:
         return full_steps, None
-    steps = [judge.plan.steps(arm) for arm in (short, best)]
-    difference = judge.compare(best, short, _LAST)
+    steps = [ranking.plan.steps(arm) for arm in (short, best)]
+    difference = ranking.compare(best, short, _LAST)
     what = f"twice the steps ({steps[0]:,} to {steps[1]:,}) are {_interval(difference)}"
     if difference.mean > 0:
         verdict = "worth it" if difference.is_clear else "perhaps worth it"

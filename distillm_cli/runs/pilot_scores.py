@@ -11,14 +11,14 @@ from distillm_cli import plugins
 from distillm_cli.config.schema import EvalConfig, Recipe
 from distillm_cli.data.rows import Row
 from distillm_cli.errors import DataError, UsageError
+from distillm_cli.evaluation.bootstrap import paired_bootstrap
 from distillm_cli.evaluation.evaluate import GREEDY, Answer, evaluate_suite
 from distillm_cli.evaluation.metrics import Metric, RatioMetric, get_metric, undefined_reason
+from distillm_cli.evaluation.predictions import PassSums
 from distillm_cli.evaluation.suites import HELD_OUT, Suite
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.runs.prepare import Prepared
 from distillm_cli.utils.modules import eval_mode
-
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,10 @@ class RowScores:
     @property
     def figure(self) -> float:
         return 100 * sum(self.numerators) / sum(self.denominators)
+
+    def sums(self) -> PassSums:
+        """Return the numbers of the rows as those of one pass, [1, rows, 2]."""
+        return np.stack([self.numerators, self.denominators], axis=-1)[None]
 
 
 @dataclass(frozen=True)
@@ -48,19 +52,15 @@ class PairedDifference:
 
 
 def paired_difference(first: RowScores, second: RowScores, *, lower_is_better: bool) -> PairedDifference:
-    """Return by how much the first model is better than the second, on the same rows.
+    """Return by how much the first model is better than the second, on the same rows."""
+    a, b = (first, second) if lower_is_better else (second, first)
+    low, high, _ = paired_bootstrap(a.sums(), b.sums(), _percentages)
+    return PairedDifference(b.figure - a.figure, low, high)
 
-    The interval is the percentile bootstrap over rows: both models have the same 2,000 resamples, with a fixed seed.
-    """
-    rows = len(first.numerators)
-    counts_RN = np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), size=_RESAMPLES)
-    sign = -1 if lower_is_better else 1
 
-    def resampled(scores: RowScores) -> np.ndarray:
-        return 100 * (counts_RN @ np.array(scores.numerators)) / (counts_RN @ np.array(scores.denominators))
-
-    low, high = np.percentile(sign * (resampled(first) - resampled(second)), [2.5, 97.5])
-    return PairedDifference(sign * (first.figure - second.figure), float(low), float(high))
+def _percentages(sums_RK: np.ndarray) -> np.ndarray:
+    numerators_R, denominators_R = sums_RK.T
+    return np.asarray(100 * numerators_R / denominators_R)
 
 
 class HeldOutScorer:

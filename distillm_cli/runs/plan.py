@@ -28,7 +28,7 @@ from distillm_cli.models.model_families import context_of
 from distillm_cli.models.pair import check_architectures, check_vocabularies, resolve_device, resolve_dtype
 from distillm_cli.models.shapes import Shape, Sizes, has_weights, load_shape, sizes, weight_bytes
 from distillm_cli.runs import costs, gpus
-from distillm_cli.runs.cache_planning import CachePlan, check_rows, disk_free, plan_cache, workload_of
+from distillm_cli.runs.cache_planning import CachePlan, check_rows, disk_free, plan_cache
 from distillm_cli.runs.cache_size import CacheWorkload, uses_rows
 from distillm_cli.runs.preflight import check_strict, greedy_answers, preflight
 from distillm_cli.runs.prepare import Prepared, new_order, prepare, texts_of
@@ -89,10 +89,11 @@ def plan_run(resolved: Resolved, listener: Listener, processes: int = 1, *, stri
     run = prepare(resolved.recipe, listener)
     check_can_generate(run)
     check_extras(run.recipe, run.pair)
-    findings = preflight(run)
+    cache_plan = plan_cache(run)
+    findings = preflight(run, cache_plan)
     check_strict(findings, strict=strict)
     batch = _decoded_batch(run)
-    figures = plan_prepared(run, resolved, processes) | {
+    figures = _plan_prepared(run, resolved, processes, cache_plan) | {
         "findings": [finding.as_json() for finding in findings],
         "answers": [asdict(answers) for answers in greedy_answers(run, listener)],
     }
@@ -129,11 +130,10 @@ def _text(run: Prepared, ids: list[int]) -> str:
     return cast(str, run.pair.tokenizer.decode(ids))  # a list only for several sequences
 
 
-def plan_prepared(run: Prepared, resolved: Resolved, processes: int = 1) -> dict[str, Any]:
+def _plan_prepared(run: Prepared, resolved: Resolved, processes: int, cache_plan: CachePlan | None) -> dict[str, Any]:
     """Return the plan of a run whose models and rows are loaded."""
     if run.recipe.okd.rank is not None:
         build_extras(run.recipe, run.pair, {})  # as in the run: an adapter in the teacher
-    cache_plan = _cache_plan(run)
     workload = _prepared_workload(run, processes, cache_plan)
     workload = _with_stages(workload, resolved)
     cache = {} if cache_plan is None else {"teacher_cache": _cache_figures(run, cache_plan)}
@@ -142,9 +142,9 @@ def plan_prepared(run: Prepared, resolved: Resolved, processes: int = 1) -> dict
     return _run_figures(workload, str(run.device), run.dtype, dtypes) | {"data": _data_figures(run)} | cache
 
 
-def memory_estimate(run: Prepared) -> int:
+def memory_estimate(run: Prepared, cache_plan: CachePlan | None) -> int:
     """Return the estimated peak memory of a run, in bytes, in one of its processes."""
-    workload = _prepared_workload(run, launched_processes(), _cache_plan(run))
+    workload = _prepared_workload(run, launched_processes(), cache_plan)
     return costs.peak_memory(costs.memory(workload), workload.device)
 
 
@@ -162,11 +162,6 @@ def training_flops(by_source: Mapping[str, float], steps: Mapping[str, int], ste
         fresh = count if cached is None else min(count, steps_per_epoch)
         total += fresh * by_source.get(source, 0.0) + (count - fresh) * (cached or 0.0)
     return total
-
-
-def _cache_plan(run: Prepared) -> CachePlan | None:
-    """Return the plan of the teacher's cache, before the teacher is opened; None without a teacher."""
-    return None if run.pair.teacher is None else plan_cache(run, workload_of(run))
 
 
 def _prepared_workload(run: Prepared, processes: int, cache_plan: CachePlan | None) -> costs.Workload:
@@ -199,6 +194,42 @@ def _data_figures(run: Prepared) -> dict[str, Any]:
     }
 
 
+def _load_shapes(
+    recipe: Recipe, rows: Rows | None, stage_shapes: Mapping[str, Shape] | None
+) -> tuple[Shape, Shape | None]:
+    """Return the shapes of the student and of the teacher; None for SFT."""
+    texts = None if rows is None else partial(texts_of, rows, recipe.data)
+    max_length = chosen(recipe.data.max_length)
+    origin = None  # the teacher; in `sft`, the model that a built student takes its layers from
+    if recipe.teacher.path is not None and (recipe.method != "sft" or recipe.student.is_built):
+        origin = _teacher_shape(recipe, texts, max_length, stage_shapes)
+    student = load_shape(
+        recipe.student.required_path,
+        revision=recipe.student.revision,
+        tokenizer=recipe.student.tokenizer,
+        texts=texts,
+        teacher=origin,
+        max_length=max_length,
+        stage_shapes=stage_shapes,
+    )
+    return student, origin if recipe.method != "sft" else None
+
+
+def _tokenized(recipe: Recipe, rows: Rows, student: Shape, teacher: Shape | None) -> Examples | None:
+    """Return the tokenized training rows; None if the student's tokenizer is not available."""
+    tokenizer = student.tokenizer
+    if tokenizer is None:
+        return None
+    encoder = Encoder(
+        tokenizer,
+        _data_with_template(recipe, rows, tokenizer, None if teacher is None else teacher.tokenizer),
+        is_encoder_decoder=student.is_encoder_decoder,
+        needs_responses=recipe.needs_responses,
+    )
+    context = _context(student, teacher)
+    return by_source("train", rows, lambda _, part: tokenize(part, encoder, recipe.data, silent, context))
+
+
 def plan_from_configs(
     resolved: Resolved,
     listener: Listener = silent,
@@ -217,22 +248,7 @@ def plan_from_configs(
         check_rows(recipe)
     needed = recipe.needs_responses
     rows, why = read_if_available(lambda: load_rows(recipe.data, "train", require_output=needed), *recipe.data.names)
-
-    texts = None if rows is None else partial(texts_of, rows, recipe.data)
-    max_length = chosen(recipe.data.max_length)
-    origin = None  # the teacher; in `sft`, the model that a built student takes its layers from
-    if recipe.teacher.path is not None and (recipe.method != "sft" or recipe.student.is_built):
-        origin = _teacher_shape(recipe, texts, max_length, stage_shapes)
-    student = load_shape(
-        recipe.student.required_path,
-        revision=recipe.student.revision,
-        tokenizer=recipe.student.tokenizer,
-        texts=texts,
-        teacher=origin,
-        max_length=max_length,
-        stage_shapes=stage_shapes,
-    )
-    teacher = origin if recipe.method != "sft" else None
+    student, teacher = _load_shapes(recipe, rows, stage_shapes)
     vocab = student.vocab if teacher is None else min(student.vocab, teacher.vocab)
     notes = ["weights are not available: planned from the models' configs"]
     if teacher is not None:
@@ -241,17 +257,8 @@ def plan_from_configs(
         check_vocabularies(teacher.tokenizer, student.tokenizer)
     elif teacher is not None:
         notes.append("a tokenizer is not available: the vocabularies are not checked")
-    examples = None
-    tokenizer = student.tokenizer
-    if rows is not None and tokenizer is not None:
-        encoder = Encoder(
-            tokenizer,
-            _data_with_template(recipe, rows, tokenizer, None if teacher is None else teacher.tokenizer),
-            is_encoder_decoder=student.is_encoder_decoder,
-            needs_responses=recipe.needs_responses,
-        )
-        context = _context(student, teacher)
-        examples = by_source("train", rows, lambda _, part: tokenize(part, encoder, recipe.data, silent, context))
+    examples = None if rows is None else _tokenized(recipe, rows, student, teacher)
+    if examples is not None:
         lengths = _measured_lengths(recipe, examples)
     else:
         lengths = _longest_lengths(recipe, rows, student, teacher)

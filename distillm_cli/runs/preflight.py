@@ -1,8 +1,7 @@
 """Check, before the first step, whether a prepared run is likely to work: ends, templates, teacher, rows, memory, disk.
 
-Most distillations that fail do so because of a mismatch that nobody was told about. A check is a function in ``_CHECKS``
-that yields findings; each finding says what is wrong, where, and which setting cures it. ``distillm plan`` shows all
-of them, and a run those that are warnings.
+Most distillations that fail do so because of a mismatch that nothing reported. A check yields findings; each finding has
+what is wrong, where, and the setting that cures it. ``distillm plan`` shows all of them, and a run those that are warnings.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from distillm_cli.errors import DataError, ModelError, UsageError
 from distillm_cli.losses.objectives import CrossEntropy
 from distillm_cli.losses.student_loss import StudentLoss
 from distillm_cli.losses.weights import CROSS_ENTROPY
+from distillm_cli.runs.cache_planning import CachePlan
 from distillm_cli.runs.prepare import Prepared
 from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.training.state import RunInfo
@@ -54,7 +54,7 @@ class Finding:
     """Describe a property of a run that may make it fail.
 
     code: stable name, ``data.duplicates``. where: the file, model or setting. cure: the setting to change; empty for a
-    note that needs none. is_reported: preparing the run has already told the user.
+    note that needs none. is_reported: preparing the run has already reported it.
     """
 
     severity: Severity
@@ -83,9 +83,10 @@ class Answers:
     ended: dict[str, bool]
 
 
-def preflight(run: Prepared, output: Path | None = None) -> list[Finding]:
+def preflight(run: Prepared, cache_plan: CachePlan | None, output: Path | None = None) -> list[Finding]:
     """Return what may make this run fail, the warnings first. output: its output directory, for the space on the disk."""
     found = [finding for check in _CHECKS for finding in check(run)]
+    found += _memory(run, cache_plan)
     if output is not None:
         found += _disk(run, output)
     return sorted(found, key=lambda finding: finding.severity == "note")
@@ -351,12 +352,12 @@ def _text(row: Row) -> str:
 # ---------------------------------------------------------------------------------------------------- memory, disk
 
 
-def _memory(run: Prepared) -> Iterator[Finding]:
+def _memory(run: Prepared, cache_plan: CachePlan | None) -> Iterator[Finding]:
     """Compare the estimated peak memory with that of the device."""
     from distillm_cli.runs.plan import memory_estimate
     from distillm_cli.utils.memory import available_memory
 
-    needed = memory_estimate(run)
+    needed = memory_estimate(run, cache_plan)
     if run.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(run.device)
         held = torch.cuda.memory_allocated(run.device)
@@ -385,4 +386,4 @@ def _disk(run: Prepared, output: Path) -> Iterator[Finding]:
         yield Finding("warning", "disk.short", what, str(output), "lower --keep, or choose another --output")
 
 
-_CHECKS: tuple[Callable[[Prepared], Iterator[Finding]], ...] = (_ends, _templates, _teacher, _rows, _memory)
+_CHECKS: tuple[Callable[[Prepared], Iterator[Finding]], ...] = (_ends, _templates, _teacher, _rows)

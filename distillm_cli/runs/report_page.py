@@ -116,13 +116,19 @@ def run_page(run: RecordedRun, distances: Sequence[RowDistances], distance_note:
         health=health,
         distances=[_shown_row(row) for row in distances],
         distance_note=distance_note,
-        measured_rows=32,
+        measured_rows=_measured_rows() if distances else 0,
         samples=_samples(run),
         costs=_costs(run),
         chosen=_chosen(recipe),
         recipe=recipe,
         machine=_machine(run),
     )
+
+
+def _measured_rows() -> int:
+    from distillm_cli.runs.token_divergence import MEASURED_ROWS  # imports torch
+
+    return MEASURED_ROWS
 
 
 def _summary(run: RecordedRun) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -45,7 +46,12 @@ class StageJob:
     @property
     def is_at_end(self) -> bool:
         """Return whether the checkpoint is that of the last step."""
-        return self.checkpoint is not None and self.checkpoint.state["progress"]["step"] == self.run.steps
+        return is_at_end(self.checkpoint, self.run.steps)
+
+
+def is_at_end(checkpoint: Checkpoint | None, steps: int) -> bool:
+    """Return whether the checkpoint is that of the last of ``steps`` steps."""
+    return checkpoint is not None and checkpoint.state["progress"]["step"] == steps
 
 
 class PriorStage(ABC):
@@ -144,23 +150,48 @@ def run_prior_stages(
     listener: Listener,
 ) -> Prepared:
     """Run the stages of a run into ``output``; return the run that follows. If it is resumed itself, nothing is trained."""
-    seed = run.recipe.train.seed
     for stage, recipe in stages.items():
         place = output / stage.name
         if checkpoints.run is None:
             of_stage = replace(run, recipe=recipe.recipe)
             job = StageJob(of_stage, recipe, place, checkpoints.stages.get(stage.name), teacher, listener)
-            if stage.is_finished(job):
-                stage.restore(job)
-                listener(Note(f"{stage.done}: {place}"))
-            else:
-                listener(Note(f"{stage.title(resolved)}, in {place}"))
-                output_dir.write_recipe(place, to_yaml(recipe))
-                torch.manual_seed(seed)
-                stage.train(job)
-            torch.manual_seed(seed)
+            train_or_restore(
+                recipe,
+                place,
+                listener,
+                title=stage.title(resolved),
+                done=stage.done,
+                train=partial(stage.train, job),
+                restore=partial(stage.restore, job) if stage.is_finished(job) else None,
+            )
         run = stage.following(run, place)
     return run
+
+
+def train_or_restore(
+    recipe: Resolved,
+    output: Path,
+    listener: Listener,
+    *,
+    title: str,
+    done: str,
+    train: Callable[[], object],
+    restore: Callable[[], None] | None,
+) -> None:
+    """Train a stage into ``output``, or restore a finished one. The random state is that of the seed before and after.
+
+    title, done: describe the stage in a note, at its start and if it is finished. restore: None if it is not finished.
+    """
+    seed = recipe.recipe.train.seed
+    if restore is not None:
+        restore()
+        listener(Note(f"{done}: {output}"))
+    else:
+        listener(Note(f"{title}, in {output}"))
+        output_dir.write_recipe(output, to_yaml(recipe))
+        torch.manual_seed(seed)
+        train()
+    torch.manual_seed(seed)
 
 
 def start_trainer(

@@ -27,7 +27,7 @@ from distillm_cli.training.events import Listener, Note, silent
 from distillm_cli.types import Sequence, collate
 from distillm_cli.utils.modules import eval_mode
 
-_MEASURED_ROWS = 32
+MEASURED_ROWS = 32  # held-out rows on which the models are compared
 _MAX_TOKENS = 160  # of a response
 _TOP = 4  # most likely tokens of each model
 
@@ -97,13 +97,15 @@ def _recipe_here(path: Path) -> Recipe:
 def row_distances(
     student: Backbone, teacher: Backbone, rows: SequenceOf[Sequence], vocab: int, shown: int
 ) -> list[RowDistances]:
-    """Return the rows with the largest mean distance, of the first 32 with a response. vocab: shared token ids."""
+    """Return the rows with the largest mean distance, of the first ``MEASURED_ROWS``. vocab: shared token ids."""
     tokenizer = student.tokenizer
     found = []
-    for row in [row for row in rows[:_MEASURED_ROWS] if len(row.response)]:
-        cut = Sequence(row.prompt, row.response[:_MAX_TOKENS])
-        log_q_NV, log_p_NV = (_log_probs(model, cut, vocab) for model in (student, teacher))
-        found.append(RowDistances(str(tokenizer.decode(cut.prompt)), _distances(tokenizer, cut, log_p_NV, log_q_NV)))
+    for row in [row for row in rows[:MEASURED_ROWS] if len(row.response)]:
+        response = row.response[:_MAX_TOKENS]
+        log_q_NV = _log_probs(student, Sequence(row.prompt, response), vocab)
+        log_p_NV = _log_probs(teacher, Sequence(row.for_teacher.prompt, response), vocab)
+        distances = _distances(tokenizer, response.tolist(), log_p_NV, log_q_NV)
+        found.append(RowDistances(str(tokenizer.decode(row.prompt)), distances))
     return sorted(found, key=lambda row: -row.mean)[:shown]
 
 
@@ -115,13 +117,17 @@ def _log_probs(model: Backbone, row: Sequence, vocab: int) -> torch.Tensor:
 
 
 def _distances(
-    tokenizer: Any, row: Sequence, log_p_NV: torch.Tensor, log_q_NV: torch.Tensor
+    tokenizer: Any, ids: list[int], log_p_NV: torch.Tensor, log_q_NV: torch.Tensor
 ) -> tuple[TokenDistance, ...]:
     p_NV, q_NV = log_p_NV.exp(), log_q_NV.exp()
     log_mean_NV = ((p_NV + q_NV) / 2).clamp_min(1e-38).log()
-    nats_N = ((p_NV * (log_p_NV - log_mean_NV)).sum(-1) + (q_NV * (log_q_NV - log_mean_NV)).sum(-1)) / 2
+    # A token without probability, whose logarithm is −inf, adds nothing.
+    kl_p_N, kl_q_N = (
+        (prob_NV * (log_NV - log_mean_NV).masked_fill(prob_NV == 0, 0.0)).sum(-1)
+        for prob_NV, log_NV in ((p_NV, log_p_NV), (q_NV, log_q_NV))
+    )
+    nats_N = (kl_p_N + kl_q_N) / 2
     bits = (nats_N / math.log(2)).clamp(0, 1).tolist()
-    ids = [int(token) for token in row.response]
     return tuple(
         TokenDistance(
             text,

@@ -21,7 +21,7 @@ from distillm_cli.models.devices import dtype_name
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
-from distillm_cli.runs.cache_planning import TeacherHandle, check_rows, open_teacher
+from distillm_cli.runs.cache_planning import TeacherHandle, check_rows, open_teacher, plan_cache
 from distillm_cli.runs.defaults import fitted
 from distillm_cli.runs.machine import machine_of_run, machine_title
 from distillm_cli.runs.mask_stage import LearnMasks
@@ -179,10 +179,11 @@ def train(
         check_can_generate(run)
         check_extras(run.recipe, run.pair)
         check_served_teacher(run)
-        findings = [] if options.resume else world().broadcast(partial(preflight, run, output))
+        cache_plan = plan_cache(run, started_mode=_cache_mode(checkpoints.run), rebuild=options.rebuild_teacher_cache)
+        findings = [] if options.resume else world().broadcast(partial(preflight, run, cache_plan, output))
         report_findings(findings, listener)
         check_strict(findings, strict=options.strict)
-        teacher = _open_teacher(run, checkpoints.run, options, listener)
+        teacher = open_teacher(run, cache_plan, listener, rebuild=options.rebuild_teacher_cache)
     except KeyboardInterrupt as stop:
         raise interrupted(None, stop) from None
     if options.overwrite:  # only now: an error in the input must not delete an earlier run
@@ -233,11 +234,9 @@ def _check_resumable(run: Prepared, checkpoints: StageCheckpoints, listener: Lis
         check_total_steps(checkpoints.run, run.steps, run.order.steps_per_epoch, listener)
 
 
-def _open_teacher(
-    run: Prepared, checkpoint: Checkpoint | None, options: TrainOptions, listener: Listener
-) -> TeacherHandle | None:
-    before = None if checkpoint is None else checkpoint.state.get("teacher_cache")
-    return open_teacher(run, listener, started_mode=before, rebuild=options.rebuild_teacher_cache)
+def _cache_mode(checkpoint: Checkpoint | None) -> str | None:
+    """Return the mode of the teacher cache of an interrupted run; None for a new run."""
+    return None if checkpoint is None else checkpoint.state.get("teacher_cache")
 
 
 def _train(training: _Training, listener: Listener) -> TrainResult:

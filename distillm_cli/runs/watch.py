@@ -21,9 +21,9 @@ import yaml
 from distillm_cli.config.schedule import SCHEDULE
 from distillm_cli.errors import UsageError
 from distillm_cli.runs import output_dir
-from distillm_cli.runs.recorded_run import json_object
+from distillm_cli.runs.recorded_run import finite_number, json_object
 from distillm_cli.runs.stage_record import RECORD
-from distillm_cli.training.events import Event, RunStarted, Stepped, Validated
+from distillm_cli.training.events import Alarmed, Event, RunStarted, Stepped, Validated
 from distillm_cli.utils import manifest
 from distillm_cli.utils.storage import is_locked
 
@@ -37,16 +37,6 @@ ENDED = "ended without a result"  # killed, or stopped by an error
 _STEP = ("step", "epoch", "source", "loss", "lr", "grad_norm", "phi", "tokens", "seconds")
 _VALIDATION = ("step", "valid_loss", "phi")
 _SILENT_SECONDS = 120.0  # age of the last line after which a run counts as ended if the file system has no locks
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """Hold an alarm of a run's health checks, as ``metrics.jsonl`` has it."""
-
-    name: str
-    step: int
-    message: str
-    cure: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,7 @@ class RunView:
     events: list[Event] = field(default_factory=list)
     log_steps: int = 1
     reading: int = 0
-    alarms: list[Alarm] = field(default_factory=list)
+    alarms: list[Alarmed] = field(default_factory=list)
     checkpoints: list[SavedStep] = field(default_factory=list)
     updated: float | None = None
     result: Mapping[str, Any] | None = None
@@ -109,7 +99,10 @@ class RunView:
             "valid_loss": valid[-1] if valid else None,
             "phi": next((e.phi for e in reversed(self.events) if isinstance(e, Stepped | Validated)), None),
             "checkpoints": [saved.step for saved in self.checkpoints],
-            "alarms": [vars(alarm) for alarm in self.alarms],
+            "alarms": [
+                {"name": alarm.name, "step": alarm.step, "message": alarm.message, "cure": alarm.cure}
+                for alarm in self.alarms
+            ],
         }
 
 
@@ -210,7 +203,7 @@ class _MetricsReader:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.alarms: list[Alarm] = []
+        self.alarms: list[Alarmed] = []
         self.reading = 0
         self.updated: float | None = None
         self._file: tuple[Path, int] | None = None  # path and inode
@@ -246,10 +239,8 @@ class _MetricsReader:
         with suppress(ValueError, TypeError, KeyError, AttributeError):  # not a line of this log
             entry = json.loads(line)
             if "alarm" in entry:
-                alarm = Alarm(
-                    str(entry["alarm"]), int(entry["step"]), str(entry.get("message", "")), str(entry.get("cure", ""))
-                )
-                self.alarms.append(alarm)
+                texts = [str(entry.get(key, "")) for key in ("message", "cure")]
+                self.alarms.append(Alarmed(int(entry["step"]), str(entry["alarm"]), *texts))
             elif "valid_loss" in entry:
                 self.events.append(_validated(entry))
             elif "loss" in entry:
@@ -261,27 +252,29 @@ def _stepped(entry: Mapping[str, Any]) -> Stepped:
         step=int(entry["step"]),
         epoch=float(entry["epoch"]),
         source=str(entry["source"]),
-        loss=_number(entry["loss"]),
-        lr=_number(entry["lr"]),
-        grad_norm=_number(entry["grad_norm"]),
-        phi=_number(entry["phi"]),
+        loss=_or_nan(entry["loss"]),
+        lr=_or_nan(entry["lr"]),
+        grad_norm=_or_nan(entry["grad_norm"]),
+        phi=_or_nan(entry["phi"]),
         tokens=int(entry["tokens"]),
         seconds=float(entry["seconds"]),
-        figures={name: float(value) for name, value in entry.items() if name not in _STEP and _is_number(value)},
+        figures={
+            name: number
+            for name, value in entry.items()
+            if name not in _STEP and (number := finite_number(value)) is not None
+        },
     )
 
 
 def _validated(entry: Mapping[str, Any]) -> Validated:
-    scores = {k: v for k, v in entry.items() if k not in _VALIDATION and (v is None or _is_number(v))}
-    return Validated(int(entry["step"]), _number(entry["valid_loss"]), _number(entry.get("phi")), scores=scores)
+    numbers = {name: finite_number(value) for name, value in entry.items() if name not in _VALIDATION}
+    scores = {name: number for name, number in numbers.items() if number is not None or entry[name] is None}
+    return Validated(int(entry["step"]), _or_nan(entry["valid_loss"]), _or_nan(entry.get("phi")), scores=scores)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
+def _or_nan(value: object) -> float:
+    number = finite_number(value)
+    return math.nan if number is None else number
 
 
 def _started(recipe: Mapping[str, Any], events: list[Event]) -> RunStarted:
@@ -293,8 +286,9 @@ def _started(recipe: Mapping[str, Any], events: list[Event]) -> RunStarted:
         steps_per_epoch = round(last.step / last.epoch)
     train = _section(recipe, "train")
     steps = train.get("steps")
-    if not steps and steps_per_epoch and _is_number(train.get("epochs")):
-        steps = max(1, math.ceil(float(train["epochs"]) * steps_per_epoch))
+    epochs = finite_number(train.get("epochs"))
+    if not steps and steps_per_epoch and epochs is not None:
+        steps = max(1, math.ceil(epochs * steps_per_epoch))
     kind = SCHEDULE.members.get(str(_section(recipe, "schedule").get("kind")))
     divergence = _section(recipe, "objective").get("divergence")
     is_sft = method == "sft"

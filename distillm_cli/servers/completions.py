@@ -18,7 +18,7 @@ _LISTED = 5  # models named in a message
 
 @dataclass(frozen=True)
 class ServedModel:
-    """Describe a model of a server. context: its longest sequence, None if the server does not tell. owner: its software."""
+    """Describe a model of a server. context: its longest sequence, None if it is unknown. owner: its software."""
 
     name: str
     context: int | None = None

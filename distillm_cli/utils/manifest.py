@@ -12,7 +12,6 @@ while the file has this content. Output directories, results of an evaluation an
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatch
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from distillm_cli.errors import CheckpointError, DistillmError, ModelError
-from distillm_cli.utils.storage import atomic_write, flush
+from distillm_cli.utils.storage import atomic_write, file_sha256, flush, known_sha256
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -30,7 +29,6 @@ EDITABLE = ("generation_config.json", "tokenizer_config.json", "chat_template.ji
 _NON_MODEL_FILES = ("training.safetensors", "state.json", "recipe.yaml", "frozen.txt")
 
 Seal = dict[str, Any]  # size and SHA-256 of a file
-_digests: dict[tuple[object, ...], str] = {}  # by path, inode, size and time of files that this process hashed
 
 
 def seal_directory(directory: Path, files: Iterable[Path], **facts: Any) -> None:
@@ -145,7 +143,7 @@ def difference(directory: Path, manifest: Mapping[str, Any], name: str) -> str |
 
 def matches_seal(path: Path, sealed: Seal) -> bool:
     """Return whether a file has the size and SHA-256 of its seal."""
-    return path.stat().st_size == sealed.get("bytes") and _digest(path) == sealed.get("sha256")
+    return path.stat().st_size == sealed.get("bytes") and known_sha256(path) == sealed.get("sha256")
 
 
 def _damage_error(directory: Path, manifest: Mapping[str, Any], message: str) -> DistillmError:
@@ -157,14 +155,4 @@ def _damage_error(directory: Path, manifest: Mapping[str, Any], message: str) ->
 
 def seal(path: Path) -> Seal:
     """Return the entry of a file: ``bytes`` and ``sha256``, read from the disk."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _digest(path: Path) -> str:
-    """Return a file's SHA-256, which is cached while the file does not change."""
-    stat = path.stat()
-    key = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    if key not in _digests:
-        _digests[key] = seal(path)["sha256"]
-    return _digests[key]
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}

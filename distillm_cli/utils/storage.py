@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import hashlib
 import itertools
 import os
 import re
@@ -16,6 +17,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 
 from distillm_cli.errors import DistillmError, StorageError
@@ -140,6 +142,23 @@ def atomic_directory(final: Path) -> Iterator[Path]:
         flush(final.parent)
         if replaced is not None:
             _delete(replaced)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hex, read from the disk."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hex. A process computes it again only after the file has changed."""
+    found = path.stat()
+    return _known_sha256(path, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=1024)
+def _known_sha256(path: Path, *_: int) -> str:
+    return file_sha256(path)
 
 
 def flush(path: Path) -> None:

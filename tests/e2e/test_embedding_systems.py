@@ -182,8 +182,9 @@ def test_attacks_that_cannot_be_made_are_refused(cli, flags, code, mention):
     assert_error(cli("eval", "builtin", "--suite", "builtin", "--json", *flags), code, mention)
 
 
-def test_attack_without_a_row_in_the_context_is_refused(cli, tmp_path):
+@pytest.mark.parametrize("row", [{"prompt": "a", "response": "b" * 100}, {"prompt": "a"}])
+def test_attack_without_a_response_in_the_context_is_refused(cli, tmp_path, row):
     model = tiny.save(tmp_path / "model")
-    (tmp_path / "words.jsonl").write_text(json.dumps({"prompt": "a", "response": "b" * 100}) + "\n")
-    argv = ["eval", model, "--suite", "words.jsonl", "--greedy", "--max-new-tokens", "4", "--attack", "fgsm", "--json"]
-    assert_error(cli(*argv), "data.no_rows_to_attack", "context")
+    (tmp_path / "words.jsonl").write_text(json.dumps(row) + "\n")
+    argv = ["eval", model, "--suite", "words.jsonl", "--metric", "length", "--greedy", "--max-new-tokens", "4"]
+    assert_error(cli(*argv, "--attack", "fgsm", "--json"), "data.no_rows_to_attack", "context")

@@ -172,7 +172,7 @@ def test_checks_change_no_bit_of_a_run(cli, tmp_path, pair, monkeypatch):
     data = write(tmp_path / "rows.jsonl", rows())
     run = ["distill", *pair, "--data", data, *PLAIN, "--steps", "3", "--set", "eval.report_rows=0", "--json"]
     assert cli(*run, "--output", "with")[0] == 0
-    monkeypatch.setattr(train, "preflight", lambda run, output: [])
+    monkeypatch.setattr(train, "preflight", lambda *_: [])
     assert cli(*run, "--output", "without")[0] == 0
     first, second = (load_file(f"{name}/model.safetensors") for name in ("with", "without"))
     assert all(first[name].equal(second[name]) for name in first)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from distillm_cli.cli.app import main
 from distillm_cli.models.model_paths import BUILTIN_TEACHER
 from distillm_cli.runs import cache_planning
+from distillm_cli.teachers import teacher_cache
 from tests.command_line import assert_error
 
 SMALL = [
@@ -45,7 +46,15 @@ def weights(output):
     return AutoModelForCausalLM.from_pretrained(output).state_dict()
 
 
-def test_second_run_of_a_sweep_reads_the_cache(cli):
+def test_second_run_of_a_sweep_reads_the_cache(cli, monkeypatch):
+    digests = []
+    digest = teacher_cache.teacher_digest
+
+    def counted_digest(*arguments):
+        digests.append(digest(*arguments))
+        return digests[-1]
+
+    monkeypatch.setattr(teacher_cache, "teacher_digest", counted_digest)
     results = []
     for alpha in (0.1, 0.3):
         code, result, err = cli("--teacher-cache", "disk", "--alpha", alpha, "--output", f"a{alpha}")
@@ -55,6 +64,7 @@ def test_second_run_of_a_sweep_reads_the_cache(cli):
     assert (first["mode"], first["hit"], second["hit"]) == ("disk", False, True)
     assert first["rows"] == second["rows"] > 0
     assert first["place"] == second["place"]
+    assert len(digests) == 1, "the teacher's weights are hashed once, by the first run"
     assert results[0]["teacher_tokens"] > 0
     assert results[1]["teacher_tokens"] == 0, "the second run reads the cache only"
     assert results[1]["report"]["teacher"]["valid_loss"] is not None, "the teacher is scored before it is freed"

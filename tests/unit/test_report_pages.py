@@ -3,20 +3,21 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 import torch
 
 from distillm_cli.models.backbone import Backbone
-from distillm_cli.runs import charts
+from distillm_cli.runs import charts, token_divergence
 from distillm_cli.runs.plan import training_flops
 from distillm_cli.runs.recorded_run import read_metrics, read_run
 from distillm_cli.runs.report_page import run_page
 from distillm_cli.runs.report_runs import ReportOptions, report_runs
 from distillm_cli.runs.token_divergence import RowDistances, TokenDistance, row_distances
 from distillm_cli.training.events import silent
-from distillm_cli.types import collate
+from distillm_cli.types import Sequence, TeacherPrompt, collate
 from distillm_cli.utils.energy import EnergyMeter
 from tests import tiny
 from tests.recorded_runs import write_evaluation, write_run
@@ -166,6 +167,25 @@ def test_distances_are_those_of_the_models_own_distributions():
     assert [p for _, p in shown.tokens[0].teacher_top] == sorted(
         (p for _, p in shown.tokens[0].teacher_top), reverse=True
     )
+
+
+def test_each_model_is_compared_on_its_own_prompt():
+    words = tiny.tokenizer()
+    student, teacher = (Backbone(tiny.model("llama", len(words), seed=seed), words) for seed in (0, 1))
+    (row,) = tiny.sequences([(3, 5)], len(words))
+    (other,) = tiny.sequences([(6, 1)], len(words), seed=7)
+    both = replace(row, teacher_prompt=TeacherPrompt(other.prompt))
+    (found,) = row_distances(student, teacher, [both], len(words), shown=1)
+    log_p_NV = teacher.logits(collate([Sequence(other.prompt, row.response)])).log_softmax(-1)
+    expected = log_p_NV.exp()[range(5), row.response.tolist()]
+    torch.testing.assert_close(torch.tensor([token.p for token in found.tokens]), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_tokens_without_probability_have_a_distance():
+    log_p_NV = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]).log()
+    log_q_NV = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]]).log()
+    found = token_divergence._distances(tiny.tokenizer(), [0, 1], log_p_NV, log_q_NV)
+    assert [token.distance for token in found] == pytest.approx([0.0, 1.0])
 
 
 def test_teacher_runs_once_on_cached_rows():
