@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,11 +88,13 @@ class Grid:
     schedule: tuple[str, ...]
     searches_rates: bool = False
 
-    def of_rates(self, rates: Iterable[float]) -> list[Arm]:
-        """Return the arms of the first round: SFT, and the first divergence on rows at every temperature; these rates."""
-        rates = list(rates)
-        of_sft = [Arm(SFT_ARM, lr) for lr in rates]
-        return of_sft + [Arm(self.divergence[0], lr, value) for value in self.temperature for lr in rates]
+    def first_round(self, rates: Mapping[float, Iterable[float]]) -> list[Arm]:
+        """Return the arms of the first round: the first divergence on rows with the rates of each temperature, and SFT.
+
+        SFT has the rates of the first temperature.
+        """
+        of_sft = [Arm(SFT_ARM, lr) for lr in rates[self.temperature[0]]]
+        return of_sft + [Arm(self.divergence[0], lr, value) for value in self.temperature for lr in rates[value]]
 
     def variations(self, best: Arm) -> list[Arm]:
         """Return the arms of the second round: the best of the first with other divergences, and with other schedules."""

@@ -263,9 +263,12 @@ class _Pilot:
     def _rounds(self) -> None:
         """Run the three rounds of ``pilot_plan``."""
         grid = self.plan.grid
+        rates = dict.fromkeys(grid.temperature, grid.lr)
         if grid.searches_rates:
-            grid = replace(grid, lr=tuple(arm.lr for arm in self._decide("rates", self._search_rates)))
-        first = grid.of_rates(grid.lr)
+            for value in grid.temperature:
+                found = self._decide(f"rates at {value:g}", partial(self._search_rates, value))
+                rates[value] = tuple(arm.lr for arm in found)
+        first = grid.first_round(rates)
         later = self.plan.round_seconds(grid.variations(first[-1])) + self.plan.last_round_seconds
         finished = self._halve("temperatures", first, later)
         distilled = [arm for arm in finished if arm.divergence != SFT_ARM]
@@ -320,12 +323,12 @@ class _Pilot:
         self._save()
         return arms
 
-    def _search_rates(self) -> list[Arm]:
+    def _search_rates(self, temperature: float) -> list[Arm]:
         """Return arms of the best learning rate of the first divergence, at the first rung, and of its neighbors.
 
         From the recipe's rate it goes up or down by factors of 2 until the score is worse.
         """
-        center = Arm(self.plan.grid.divergence[0], self.plan.grid.lr[0], self.plan.grid.temperature[0])
+        center = Arm(self.plan.grid.divergence[0], self.plan.grid.lr[0], temperature)
         arms = [replace(center, lr=lr) for lr in self.plan.grid.lr]
         for _ in range(_MOST_SEARCHED):
             scored = self._ranked([arm for arm in arms if self._advance(arm, 0)], 0)

@@ -19,7 +19,7 @@ from distillm_cli.errors import UsageError
 from distillm_cli.utils.text import format_duration
 
 RUNGS = (0.25, 0.5, 1.0)  # shares of an arm's steps after which it is scored
-SEARCHED_RATES = 2  # arms for which time is reserved in the search for a learning rate
+SEARCHED_RATES = 1  # rates outside the grid for which time is reserved in the search, at each temperature
 MIN_STEPS = 80  # of a run on rows
 _WISHED_SHARE = 0.25  # of the steps of the recipe: the grid becomes smaller before runs become shorter
 # Share of the steps that sample from the student, an expectation for kinds that adapt it.
@@ -85,14 +85,18 @@ class PilotPlan:
     def total_seconds(self) -> float:
         """Return the expected seconds of all rounds, without the teacher."""
         first, second = rounds_of(self.grid)
-        return self.round_seconds(first) + self.round_seconds(second) + self.last_round_seconds
+        return self._search_seconds + self.round_seconds(first) + self.round_seconds(second) + self.last_round_seconds
+
+    @property
+    def _search_seconds(self) -> float:
+        """Return the seconds reserved for rates outside the grid, which are trained to the first rung."""
+        searches = len(self.grid.temperature) if self.grid.searches_rates else 0
+        return searches * SEARCHED_RATES * self.trial_seconds(Arm(SFT_ARM, 1.0), 0, 0.0)
 
 
 def rounds_of(grid: Grid) -> tuple[list[Arm], list[Arm]]:
-    """Return the arms of the first two rounds as far as their number is known, with room for the search of a rate."""
-    first = grid.of_rates(grid.lr)
-    if grid.searches_rates:
-        first += [Arm(grid.divergence[0], -1.0 - i) for i in range(SEARCHED_RATES)]
+    """Return the arms of the first two rounds, as many as there will be."""
+    first = grid.first_round(dict.fromkeys(grid.temperature, grid.lr))
     return first, grid.variations(Arm(grid.divergence[0], grid.lr[0], grid.temperature[0]))
 
 

@@ -35,10 +35,10 @@ def test_given_values_replace_the_defaults_of_their_setting():
 
 def test_rounds_have_each_combination_once():
     grid = parse_grid(("lr=1,2", "divergence=kl,ab", "temperature=1,2", "schedule=off,on"), base().recipe)
-    first = grid.of_rates(grid.lr)
+    first = grid.first_round({1: (1, 2), 2: (3, 4)})
     assert len(set(first)) == len({arm.name for arm in first}) == 6
     assert [arm.family for arm in first] == [SFT_ARM] * 2 + ["rows at 1"] * 2 + ["rows at 2"] * 2
-    assert {arm.divergence for arm in first} == {SFT_ARM, "kl"}
+    assert [(arm.divergence, arm.lr) for arm in first[1:4]] == [(SFT_ARM, 2), ("kl", 1), ("kl", 2)]
     best = Arm("kl", 2.0, 2.0)
     assert grid.variations(best) == [replace(best, divergence="ab"), replace(best, schedule="on")]
     assert [arm.family for arm in grid.variations(best)] == ["rows at 2", "outputs"]
