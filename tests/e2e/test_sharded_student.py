@@ -15,7 +15,8 @@ from torch import nn
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.sharded_student import ShardedStudent, _blocks
 from distillm_cli.training.distributed import joined, world
-from distillm_cli.training.sharding import full_tensor, gathered, like
+from distillm_cli.training.sharding import gathered
+from distillm_cli.utils.distributed_tensors import full_tensor, like
 from distillm_cli.utils.host_space import HostSpace
 from tests import tiny
 
@@ -42,7 +43,7 @@ with joined():
         expected = student.head().logits(student.trunk_states(batch)).detach()
         root = Root(student)
         assert len(_blocks(model)) == 2
-        sharding = ShardedStudent(student, root)
+        sharding = ShardedStudent(student, root, student.device)
         assert local_size(model) == total / 2
         with torch.no_grad():
             torch.testing.assert_close(root(batch), expected)
