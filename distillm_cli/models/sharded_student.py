@@ -88,13 +88,13 @@ class ShardedStudent:
         replace_parameters(student.model, lambda shard: parts[id(shard)])  # FSDP takes them at the first pass
 
     @contextmanager
-    def whole(self, *, to_save: HostSpace | None = None) -> Iterator[None]:
+    def whole(self, *, to_save: HostSpace | None = None, dtype: torch.dtype = torch.float32) -> Iterator[None]:
         """Give the student a copy of its model with all weights inside the block, which every process enters.
 
-        Under autocast it has the dtype for decoding, unless there is an adapter. to_save: as it is in training, in this
-        space of the first process alone; others have a copy without weights.
+        Under autocast it has the dtype for decoding, unless there is an adapter. to_save: in this space of the first process
+        alone; others have a copy without weights. dtype: of that copy, unless there is an adapter.
         """
-        target = self._decoding_copy() if to_save is None else self._copy
+        target = self._decoding_copy() if to_save is None else self._saved_copy(dtype)
         place = self._to_device
         if to_save is not None:
             world().broadcast(partial(to_save.reserve, target.parameters()))
@@ -145,6 +145,12 @@ class ShardedStudent:
         if dtype not in self._decoding_copies:
             self._decoding_copies[dtype] = working_copy(self._copy, dtype)
         return self._decoding_copies[dtype]
+
+    def _saved_copy(self, dtype: torch.dtype) -> nn.Module:
+        """Return the copy for a file, as ``Prepared.export_model`` makes it for another dtype than float32."""
+        if self._adapter is not None or dtype == torch.float32:
+            return self._copy
+        return working_copy(self._copy, torch.float32).to(dtype)
 
     @torch.no_grad()
     def _fill(self, target: nn.Module, place: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -6,9 +6,11 @@ loaded as it is, and each process converts the part that it trains (``models/sha
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
@@ -18,17 +20,32 @@ from distillm_cli.models.model_paths import model_file
 def load_stored(
     load: Callable[[torch.dtype], PreTrainedModel], path: str, revision: str | None = None
 ) -> PreTrainedModel:
-    """Return what ``load`` makes of a dtype: bfloat16 if all weights of ``path`` have it, else float32.
+    """Return the float32 model that ``load`` returns, but with bfloat16 parameters if all weights of ``path`` have that dtype.
 
-    The model is the float32 one, apart from its parameters. If bfloat16 would also round buffers, it is loaded in float32.
+    load: loads the model in a dtype.
     """
-    if _stored_dtypes(path, revision) == {"BF16"}:
-        model = load(torch.bfloat16)
-        if all(buffer.dtype == torch.float32 for buffer in model.buffers() if buffer.is_floating_point()):
-            for config in {id(part): part for part in (model.config, model.config.get_text_config())}.values():
-                config.dtype = torch.float32
-            return model
-    return load(torch.float32)
+    if _stored_dtypes(path, revision) != {"BF16"}:
+        return load(torch.float32)
+    model = load(torch.bfloat16)
+    for config in (model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)):
+        if config is not None:
+            config.dtype = torch.float32
+    _restore_buffers(model)
+    return model
+
+
+def _restore_buffers(model: PreTrainedModel) -> None:
+    """Replace the buffers that bfloat16 has rounded, such as scales of embeddings. Saved ones are exact in both dtypes."""
+    rounded = {name: buffer for name, buffer in model.named_buffers() if buffer.dtype == torch.bfloat16}
+    if not rounded:
+        return
+    with init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
+        skeleton = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32)
+    computed = dict(skeleton.named_buffers())
+    saved = model.state_dict()
+    for name, buffer in rounded.items():
+        path, _, key = name.rpartition(".")
+        model.get_submodule(path)._buffers[key] = buffer.float() if name in saved else computed[name]
 
 
 def _stored_dtypes(path: str, revision: str | None) -> set[str]:

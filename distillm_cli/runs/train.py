@@ -17,7 +17,7 @@ from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.extras import check_extras
-from distillm_cli.models.devices import dtype_name
+from distillm_cli.models.devices import dtype_name, resolve_dtype
 from distillm_cli.models.sharded_student import is_sharded
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
@@ -289,7 +289,8 @@ def _finish(
     energy = None if training.energy is None else training.energy.joules()
     findings = tuple(finding.as_json() for finding in training.findings)
     about = CardFacts(report.measured_on, findings, energy, machine=machine_title(machine))
-    with sharding.whole(to_save=HostSpace(output / output_dir.CHECKPOINTS)):
+    export_dtype = resolve_dtype(run.recipe.student.save_dtype, run.device)
+    with sharding.whole(to_save=HostSpace(output / output_dir.CHECKPOINTS), dtype=export_dtype):
         publish_model(run, output, training.resolved, state, models, about, trainer.student_loss.export_extras)
     sharding.end()
     summary = _summary(run, state, models, report.measured_on)

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from distillm_cli.training.distributed import world
@@ -24,10 +25,12 @@ class Sharding(Protocol):
     def is_on(self) -> bool:
         """Return whether each process has a part of the student's weights only."""
 
-    def whole(self, *, to_save: HostSpace | None = None) -> AbstractContextManager[None]:
+    def whole(
+        self, *, to_save: HostSpace | None = None, dtype: torch.dtype = torch.float32
+    ) -> AbstractContextManager[None]:
         """Give the student all weights inside the block, which all processes enter. The weights must not be changed.
 
-        to_save: the space for them on the CPU, in the first process alone.
+        to_save: the space for them on the CPU, in the first process alone. dtype: of the weights there.
         """
 
     def passes(self) -> AbstractContextManager[None]:
@@ -42,7 +45,9 @@ class _NotSharded:
 
     is_on = False
 
-    def whole(self, *, to_save: HostSpace | None = None) -> AbstractContextManager[None]:
+    def whole(
+        self, *, to_save: HostSpace | None = None, dtype: torch.dtype = torch.float32
+    ) -> AbstractContextManager[None]:
         return nullcontext()
 
     def passes(self) -> AbstractContextManager[None]:

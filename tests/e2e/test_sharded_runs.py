@@ -156,7 +156,7 @@ def stored(tmp_path_factory):
 @pytest.mark.parametrize("name", ["several", "half", pytest.param("one", marks=pytest.mark.long)])
 def test_student_that_is_read_in_parts(name, stored, pair, tmp_path):
     """Check that the run has the same bits as one whose processes read all weights."""
-    fields = (*SAVED, FULL, "eval.report_rows=2", "eval.metrics=exact_match")
+    fields = (*SAVED, FULL, "eval.report_rows=2", "eval.metrics=exact_match", "student.save_dtype=bf16")
     for run in ("pickled", name):
         together(pair, distill(run, *fields, f"student.path={stored / run}", few=FEW_ROWS), tmp_path)
     assert_same_run(tmp_path / "pickled", tmp_path / name, 0, 0)
@@ -168,6 +168,11 @@ def test_student_that_is_read_in_parts(name, stored, pair, tmp_path):
         )
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one)
+    saved, exported = (
+        load_file(tmp_path / name / place / "model.safetensors") for place in ("checkpoints/step-000003", "")
+    )
+    assert saved.keys() == exported.keys()
+    assert all(torch.equal(exported[key], weight.bfloat16()) for key, weight in saved.items())
 
 
 @pytest.mark.long
