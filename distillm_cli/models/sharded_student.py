@@ -72,6 +72,7 @@ class ShardedStudent:
         self._copy = self._without_weights()
         student.stop_cpu_forward()  # it reads weights without calling the layers
         student.reshard = self._reshard
+        student.is_to_be_sharded = False
         mesh = init_device_mesh(device.type, (world().size,))
         self._units = [*_blocks(student.model), root]
         for unit in self._units:
@@ -126,6 +127,7 @@ class ShardedStudent:
         self.student.model = self._copy
         self.student.adapter = self._copy_adapter
         self.student.reshard = lambda: None
+        self.student.is_to_be_sharded = True
 
     def _without_weights(self) -> nn.Module:
         """Return a copy of the model, with its adapter. Its parameters are on the meta device, as the model's are."""

@@ -20,7 +20,7 @@ from distillm_cli.models.model_paths import model_file
 def load_stored(
     load: Callable[[torch.dtype], PreTrainedModel], path: str, revision: str | None = None
 ) -> PreTrainedModel:
-    """Return the float32 model that ``load`` returns, but with bfloat16 parameters if all weights of ``path`` have that dtype.
+    """Return the float32 model that ``load`` returns. Its parameters are bfloat16 if all weights of ``path`` are.
 
     load: loads the model in a dtype.
     """

@@ -123,7 +123,7 @@ class FineTuning(PriorStage):
         )
         job.listener(FineTuned(_train(training, job.listener)))
         if is_sharded(job.run.recipe.train.shard):
-            self.restore(job)
+            self.restore(job)  # the student has no weights after ``Sharding.end``
 
     def is_finished(self, job: StageJob) -> bool:
         weights = ("model*.safetensors", "adapter_model.safetensors")

@@ -175,6 +175,17 @@ def test_student_that_is_read_in_parts(name, stored, pair, tmp_path):
     assert all(torch.equal(exported[key], weight.bfloat16()) for key, weight in saved.items())
 
 
+def test_weights_of_an_earlier_step_are_restored(stored, pair, tmp_path):
+    fields = (f"student.path={stored / 'half'}", "train.select=valid_loss", "train.lr=0.03", "train.warmup=0")
+    result = together(pair, distill("run", *fields, FULL, method="kd", steps=6), tmp_path)
+    assert result["best_step"] == 2
+    measured = {line["step"]: line["valid_loss"] for line in metrics(tmp_path / "run") if "valid_loss" in line}
+    assert measured[2] < measured[6]
+    assert result["report"]["student_after"]["valid_loss"] == pytest.approx(measured[2], rel=1e-6)
+    assert result["report"]["student_before"]["valid_loss"] == pytest.approx(measured[0], rel=1e-6)
+    assert_same_weights(tmp_path / "run", tmp_path / "run/checkpoints/step-000002", 0)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("fields", [(), LORA], ids=["full", "lora"])
 def test_fine_tuning_and_a_stage_before_it(fields, pair, tmp_path, capsys, monkeypatch):

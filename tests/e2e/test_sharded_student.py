@@ -87,7 +87,7 @@ with joined():
         sharding.end()
         assert student.model is not model
         assert all(weight.is_meta for weight in student.model.parameters())
-        student.is_to_be_sharded = True
+        assert student.is_to_be_sharded
         student.load_state(twice)
         for name, weight in student.model.named_parameters():
             assert weight.requires_grad
