@@ -110,6 +110,7 @@ class Backbone(nn.Module):
     rows than the tokenizer has ids.
     """
 
+    is_to_be_sharded = False  # whether its weights are on the CPU, maybe mapped from files, until they are distributed
     is_served = False  # whether a server computes its states, so that it cannot generate or be trained here
     record: TeacherRecord | None = None  # of a model of which only the head was loaded (``models/unloaded.py``)
 
@@ -118,7 +119,6 @@ class Backbone(nn.Module):
         self.model = model
         self.adapter: Adapter | None = None
         self.router_loss: RouterLoss | None = None  # set by `router.set_router_loss`
-        self.is_to_be_sharded = False  # its weights are on the CPU, and may be mapped from files (`stored_weights`)
         self.reshard: Callable[[], None] = _do_nothing  # set by `ShardedStudent`: drops gathered weights
         self.training = model.training
         self.tokenizer = tokenizer
