@@ -176,14 +176,15 @@ def test_student_that_is_read_in_parts(name, stored, pair, tmp_path):
 
 
 def test_weights_of_an_earlier_step_are_restored(stored, pair, tmp_path):
-    fields = (f"student.path={stored / 'half'}", "train.select=valid_loss", "train.lr=0.03", "train.warmup=0")
+    fields = (f"student.path={stored / 'half'}", "train.select=valid_loss", "train.lr=0.03", "train.warmup=0.99")
     result = together(pair, distill("run", *fields, FULL, method="kd", steps=6), tmp_path)
-    assert result["best_step"] == 2
+    best = result["best_step"]
+    assert best < 6
     measured = {line["step"]: line["valid_loss"] for line in metrics(tmp_path / "run") if "valid_loss" in line}
-    assert measured[2] < measured[6]
-    assert result["report"]["student_after"]["valid_loss"] == pytest.approx(measured[2], rel=1e-6)
+    assert measured[best] < measured[6]
+    assert result["report"]["student_after"]["valid_loss"] == pytest.approx(measured[best], rel=1e-6)
     assert result["report"]["student_before"]["valid_loss"] == pytest.approx(measured[0], rel=1e-6)
-    assert_same_weights(tmp_path / "run", tmp_path / "run/checkpoints/step-000002", 0)
+    assert_same_weights(tmp_path / "run", tmp_path / f"run/checkpoints/step-{best:06d}", 0)
 
 
 @pytest.mark.long
