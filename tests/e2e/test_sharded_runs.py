@@ -153,7 +153,7 @@ def stored(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", ["several", "half", pytest.param("one", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["half", *(pytest.param(name, marks=pytest.mark.long) for name in ("one", "several"))])
 def test_student_that_is_read_in_parts(name, stored, pair, tmp_path):
     """Check that the run has the same bits as one whose processes read all weights."""
     fields = (*SAVED, FULL, "eval.report_rows=2", "eval.metrics=exact_match", "student.save_dtype=bf16")
