@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -38,7 +39,8 @@ from distillm_cli.models.generation.working_copy import working_copy
 from distillm_cli.models.model_families import context_of, head_scale_and_cap
 from distillm_cli.models.router import RouterLoss, attention_mask
 from distillm_cli.types import Batch, Embedded, Sequence, collate
-from distillm_cli.utils.modules import eval_mode, weights_fingerprint
+from distillm_cli.utils.distributed_tensors import is_distributed, like
+from distillm_cli.utils.modules import assign_state, eval_mode, weights_fingerprint
 
 if TYPE_CHECKING:
     from distillm_cli.models.lora import Adapter
@@ -75,6 +77,12 @@ class Head:
         """Return a head for many products with few rows outside autocast, with its current weight (`models/cpu`)."""
         return self if self.weight_VD is None else replace(self, product=PackedLinear(self.weight_VD, self.bias_V))
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Head:
+        """Return the head on a device, in a dtype."""
+        weight_VD = None if self.weight_VD is None else self.weight_VD.to(device, dtype)
+        bias_V = None if self.bias_V is None else self.bias_V.to(device, dtype)
+        return replace(self, weight_VD=weight_VD, bias_V=bias_V)
+
     def logits(self, hidden_ND: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Return float32 logits [N, V]. dtype: of the product. None: the weight's, or autocast's under autocast."""
         if self.weight_VD is None:
@@ -102,6 +110,7 @@ class Backbone(nn.Module):
     rows than the tokenizer has ids.
     """
 
+    is_to_be_sharded = False  # whether its weights are on the CPU, maybe mapped from files, until they are distributed
     is_served = False  # whether a server computes its states, so that it cannot generate or be trained here
     record: TeacherRecord | None = None  # of a model of which only the head was loaded (``models/unloaded.py``)
 
@@ -110,6 +119,7 @@ class Backbone(nn.Module):
         self.model = model
         self.adapter: Adapter | None = None
         self.router_loss: RouterLoss | None = None  # set by `router.set_router_loss`
+        self.reshard: Callable[[], None] = _do_nothing  # set by `ShardedStudent`: drops gathered weights
         self.training = model.training
         self.tokenizer = tokenizer
         self.vocab = vocabulary_size(tokenizer) if vocab is None else vocab
@@ -415,8 +425,12 @@ class Backbone(nn.Module):
         return {name: state[name] for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Load what `state` returned."""
-        absent, unknown = self.model.load_state_dict(state, strict=self.adapter is None)
+        """Load what `state` returned: of a model that will be distributed without a copy, of a distributed one its part."""
+        self.reshard()
+        own = self.model.state_dict()
+        state = {name: like(value, own.get(name)) for name, value in state.items()}
+        load = partial(assign_state, self.model) if self.is_to_be_sharded else self.model.load_state_dict
+        absent, unknown = load(state, strict=self.adapter is None)
         if unknown or set(absent) & self.state().keys():
             raise ValueError(f"weights do not match the adapter: {[*unknown, *absent][:2]}")
 
@@ -427,13 +441,14 @@ class Backbone(nn.Module):
         Tensors are swapped one by one, so that no second copy of all of them is needed. A tensor with two names, such
         as a tied head, is stored under the first.
         """
+        self.reshard()
         tensors, swapped = self.model.state_dict(keep_vars=True), set()  # the same object under both names
         for name in self.state():
             live = tensors[name]
             if id(live) not in swapped:
                 swapped.add(id(live))
-                previous = live.detach().to("cpu", copy=True)
-                live.copy_(state[name])
+                previous = live.detach().clone() if is_distributed(live) else live.detach().to("cpu", copy=True)
+                live.copy_(like(state[name], live))
                 state[name] = previous
 
     def fingerprint(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from distillm_cli.models.model_paths import (
     model_file,
     portable_name,
 )
+from distillm_cli.models.stored_weights import load_stored
 from distillm_cli.models.students import adopt_special_tokens, auto_class, heads_are_tied, set_dropout
 from distillm_cli.models.tokenizer_files import WEIGHT_FILES, TokenizerCache, load_error, quiet
 from distillm_cli.training.events import Listener, Progress, Warned, silent
@@ -108,7 +110,7 @@ def read_config(path: str, *, revision: str | None = None, file: bool = False) -
 def load_backbone(
     path: str,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device,
     revision: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -122,7 +124,8 @@ def load_backbone(
     """Load a model with its trained weights, in eval mode.
 
     path: of a model, or of a LoRA adapter, which is merged into its base model. train: the adapter is not merged, to
-    continue its training. tokenizer: replaces the model's own. tokenizers: cache from which the model's own is read.
+    continue its training. dtype: of the weights; None: float32, but without a copy of stored ones (``load_stored``), for a
+    student that is distributed. tokenizer: replaces the model's own. tokenizers: cache from which the model's own is read.
     dropout: value of every dropout. quantize: 8bit or 4bit; an adapter is not merged into such weights. dispatch: arguments
     with which transformers spreads the weights over devices, in place of moving them to ``device``. Raises ModelError, with
     the cause, for anything but a complete checkpoint of such a model.
@@ -140,12 +143,14 @@ def load_backbone(
     tokenizer = (tokenizers or TokenizerCache()).load(path, revision) if tokenizer is None else tokenizer
     if dropout is not None:
         set_dropout(config, dropout, where=path)
-    quantization = {} if quantize == "none" else quantization_arguments(quantize, dtype, device)
+    quantization = {} if quantize == "none" else quantization_arguments(quantize, dtype or torch.float32, device)
     if dispatch and adapters:
         what = f"{path} is an adapter, and cannot be merged into weights on several devices"
         raise ModelError("model.cannot_place", what, hint="merge it first, or try --set teacher.device_map=cpu")
     placed = quantization or dispatch
-    model = _load_weights(base, config, dtype, base_revision, **quantization, **(dispatch or {}))
+    load = partial(_load_weights, base, config, revision=base_revision, **quantization, **(dispatch or {}))
+    is_mapped = dtype is None and not adapters
+    model = load_stored(load, base, base_revision) if is_mapped else load(dtype or torch.float32)
     directory = Path(locate_model(base)[0])
     if directory.is_dir():
         _warn_of_edits(directory, listener)
@@ -251,7 +256,7 @@ def load_pretrained(
 
 
 def _load_weights(
-    path: str, config: PretrainedConfig, dtype: torch.dtype, revision: str | None, **more: Any
+    path: str, config: PretrainedConfig, dtype: torch.dtype, *, revision: str | None, **more: Any
 ) -> PreTrainedModel:
     model, report = load_pretrained(auto_class(config), path, config, dtype, revision, **more)
     for kind, what in (("mismatched_keys", "with another shape than in its config"), ("missing_keys", "absent")):

@@ -30,6 +30,7 @@ from distillm_cli.models.loading import check_causal, load_backbone, load_config
 from distillm_cli.models.lora_targets import frozen_parts
 from distillm_cli.models.model_paths import adapter_chain, locate_model, portable_name
 from distillm_cli.models.placement import PlacedTeacher, dispatch_arguments
+from distillm_cli.models.sharded_student import is_sharded
 from distillm_cli.models.students import (
     adopt_special_tokens,
     build_from_config,
@@ -127,7 +128,7 @@ def load_pair(
     student = create_student(
         recipe.student,
         seed=recipe.train.seed,
-        device=device,
+        device=_student_device(recipe, device),
         teacher=_load_origin(recipe, listener) if is_sft else teacher,
         texts=texts,
         tokenizer=None if recipe.student.tokenizer is None else tokenizer,
@@ -320,7 +321,7 @@ def rebuild_student(recipe: schema.Recipe, pair: Pair, device: torch.device) -> 
         student = create_student(
             recipe.student,
             seed=recipe.train.seed,
-            device=device,
+            device=_student_device(recipe, device),
             teacher=teacher,
             tokenizer=pair.tokenizer,
             max_length=recipe.data.max_length,
@@ -330,11 +331,16 @@ def rebuild_student(recipe: schema.Recipe, pair: Pair, device: torch.device) -> 
     return student
 
 
+def _student_device(recipe: schema.Recipe, device: torch.device) -> torch.device | None:
+    """Return the device on which the student is created: None if it will be distributed."""
+    return None if is_sharded(recipe.train.shard) and recipe.student.quantize == "none" else device
+
+
 def create_student(
     student: schema.StudentConfig,
     *,
     seed: int,
-    device: torch.device,
+    device: torch.device | None,
     teacher: Backbone | None = None,
     texts: TrainingTexts | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -344,6 +350,9 @@ def create_student(
 ) -> Backbone:
     """Load or build the model to train: float32 parameters, in eval mode, with a LoRA adapter if one is configured.
 
+    device: None for a student that will be distributed. Its weights are on the CPU; those of a loaded one stay mapped from
+    its files, if their dtype permits it (``stored_weights.load_stored``).
+
     Its tokenizer is the argument, else the configured one, else its own, else the teacher's. tokenizers: as in
     `load_pair`. max_length: tokens of the longest example, which sizes the context of a model built without a teacher.
     seed: of random weights.
@@ -352,6 +361,9 @@ def create_student(
     if frozen := freeze_rest(backbone.model):
         kind = backbone.model.config.model_type
         listener(Note(f"{kind}: the text model is trained; {frozen:,} other weights are frozen"))
+    if device is None:
+        backbone.is_to_be_sharded = True
+        backbone.stop_cpu_forward()  # it copies weights, and a distributed student does not use it
     if student.lora.r is not None:
         if backbone.adapter is None:
             base = student.path if student.is_built else portable_name(student.path)
@@ -387,7 +399,7 @@ def _report_adapter(backbone: Backbone, listener: Listener) -> None:
 def _student_model(
     student: schema.StudentConfig,
     seed: int,
-    device: torch.device,
+    device: torch.device | None,
     teacher: Backbone | None,
     texts: TrainingTexts | None,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -397,6 +409,8 @@ def _student_model(
 ) -> Backbone:
     """Return the model without a new adapter. A loaded adapter is kept if it is to be trained."""
     path = student.path
+    is_mapped = device is None and student.lora.r is None  # peft rounds a new adapter to the dtype of the weights
+    device = device or torch.device("cpu")
     if path is None:
         raise UsageError(
             "usage.no_model",
@@ -444,9 +458,10 @@ def _student_model(
                 "the adapter)"
             )
         )
+    dtype = None if is_mapped else torch.float32
     return load_backbone(
         path,
-        dtype=torch.float32 if student.quantize == "none" else resolve_dtype(student.dtype, device),
+        dtype=dtype if student.quantize == "none" else resolve_dtype(student.dtype, device),
         device=device,
         revision=student.revision,
         quantize=student.quantize,

@@ -20,7 +20,9 @@ from torch import nn
 from distillm_cli.errors import UsageError
 from distillm_cli.models.generation.working_copy import working_copy
 from distillm_cli.training.distributed import lone_error, world
+from distillm_cli.utils.distributed_tensors import like
 from distillm_cli.utils.host_space import HostSpace
+from distillm_cli.utils.modules import replace_parameters
 
 if TYPE_CHECKING:
     from distillm_cli.models.backbone import Backbone
@@ -48,42 +50,52 @@ def check_can_shard(student: Backbone, extras: Collection[str]) -> None:
 class ShardedStudent:
     """Distribute a student over the processes, and gather it where all weights are needed.
 
-    root: the module whose forward pass runs the student, with the methods in ``methods`` that do so too. A copy without
-    weights stays in memory; it is filled while the student samples or is saved.
+    root: the module whose forward pass runs the student, with the methods in ``methods`` that do so too. device: of the
+    parts, float32. Each process reads its own part of the student's weights, which may be mapped from files. A copy
+    without weights stays in memory; it is filled while the student samples or is saved.
     """
 
     is_on = True
 
-    def __init__(self, student: Backbone, root: nn.Module, methods: tuple[str, ...] = ()):
+    def __init__(self, student: Backbone, root: nn.Module, device: torch.device, methods: tuple[str, ...] = ()):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         self.student = student
         self._sharded = student.model
-        self._device = student.device
+        self._device = device
         self._adapter = student.adapter
         self._copy_adapter = None
-        self._copy = self._without_weights()
         self._decoding_copies: dict[torch.dtype, nn.Module] = {}
+        weights = dict(student.model.named_parameters())
+        replace_parameters(student.model, lambda weight: _to_meta(weight).float())
+        self._copy = self._without_weights()
         student.stop_cpu_forward()  # it reads weights without calling the layers
-        mesh = init_device_mesh(self._device.type, (world().size,))
+        student.reshard = self._reshard
+        student.is_to_be_sharded = False
+        mesh = init_device_mesh(device.type, (world().size,))
         self._units = [*_blocks(student.model), root]
         for unit in self._units:
             fully_shard(unit, mesh=mesh)
             unit.set_gradient_divide_factor(1.0)  # sums, not means
-            if self._device.type == "cpu":
+            if device.type == "cpu":
                 unit.set_force_sum_reduction_for_comms(True)  # gloo cannot scale in a sum
         for name in methods:
             register_fsdp_forward_method(root, name)
+        parts = {
+            id(shard): like(weights[name].detach(), shard).to(shard.dtype, copy=True)
+            for name, shard in student.model.named_parameters()
+        }
+        replace_parameters(student.model, lambda shard: parts[id(shard)])  # FSDP takes them at the first pass
 
     @contextmanager
-    def whole(self, *, to_save: HostSpace | None = None) -> Iterator[None]:
+    def whole(self, *, to_save: HostSpace | None = None, dtype: torch.dtype = torch.float32) -> Iterator[None]:
         """Give the student a copy of its model with all weights inside the block, which every process enters.
 
-        Under autocast it has the dtype for decoding, unless there is an adapter. to_save: as it is in training, in this
-        space of the first process alone; others have a copy without weights.
+        Under autocast it has the dtype for decoding, unless there is an adapter. to_save: in this space of the first process
+        alone; others have a copy without weights. dtype: of that copy, unless there is an adapter.
         """
-        target = self._decoding_copy() if to_save is None else self._copy
+        target = self._decoding_copy() if to_save is None else self._saved_copy(dtype)
         place = self._to_device
         if to_save is not None:
             world().broadcast(partial(to_save.reserve, target.parameters()))
@@ -97,7 +109,7 @@ class ShardedStudent:
         finally:
             self.student.model = self._sharded
             self.student.adapter = self._adapter
-            _replace(target, _to_meta)
+            replace_parameters(target, _to_meta)
 
     @contextmanager
     def passes(self) -> Iterator[None]:
@@ -108,18 +120,19 @@ class ShardedStudent:
             raise lone_error(error) from error
 
     def end(self) -> None:
-        """Give the student all weights again, in every process. The shards are not used any more."""
-        with self.passes():
-            self._fill(self._copy, self._to_device)
+        """Give the student its model as it was before. It has no weights, except those below an adapter, on the CPU."""
+        if self._adapter is not None:
+            with self.passes():
+                self._fill(self._copy, torch.Tensor.cpu)
         self.student.model = self._copy
         self.student.adapter = self._copy_adapter
+        self.student.reshard = lambda: None
+        self.student.is_to_be_sharded = True
 
     def _without_weights(self) -> nn.Module:
-        """Return a copy of the model, with its adapter, whose parameters are on the meta device."""
+        """Return a copy of the model, with its adapter. Its parameters are on the meta device, as the model's are."""
         model = self._sharded
         memo: dict[int, object] = {id(model.config): model.config} | {id(buffer): buffer for buffer in model.buffers()}
-        for weight in model.parameters():
-            memo[id(weight)] = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
         if self._adapter is not None:
             self._copy_adapter = copy.deepcopy(self._adapter, memo)
             return self._copy_adapter.model.eval()
@@ -135,24 +148,33 @@ class ShardedStudent:
             self._decoding_copies[dtype] = working_copy(self._copy, dtype)
         return self._decoding_copies[dtype]
 
+    def _saved_copy(self, dtype: torch.dtype) -> nn.Module:
+        """Return the copy for a file, as ``Prepared.export_model`` makes it for another dtype than float32."""
+        if self._adapter is not None or dtype == torch.float32:
+            return self._copy
+        return working_copy(self._copy, torch.float32).to(dtype)
+
     @torch.no_grad()
     def _fill(self, target: nn.Module, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Give a copy the current weights, each gathered, cast and placed before the next one."""
-        for unit in self._units:
-            unit.reshard()
+        self._reshard()
         shards = dict(self._sharded.named_parameters())
         values = {
             id(weight): place(shards[name].detach().full_tensor().to(weight.dtype))
             for name, weight in target.named_parameters()
         }
-        _replace(target, lambda weight: values[id(weight)])
+        replace_parameters(target, lambda weight: values[id(weight)])
+
+    def _reshard(self) -> None:
+        for unit in self._units:
+            unit.reshard()
 
     def _to_device(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.to(self._device)
 
 
 def _to_meta(weight: torch.Tensor) -> torch.Tensor:
-    return weight.to("meta")
+    return torch.empty_like(weight, device="meta")
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -161,14 +183,3 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     weights = [id(weight) for block in blocks for weight in block.parameters()]
     return blocks if len(set(weights)) == len(weights) else []
-
-
-def _replace(model: nn.Module, value: Callable[[nn.Parameter], torch.Tensor]) -> None:
-    """Replace every parameter of a model. Tied ones stay tied."""
-    replaced: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                if id(weight) not in replaced:
-                    replaced[id(weight)] = nn.Parameter(value(weight), requires_grad=weight.requires_grad)
-                module._parameters[name] = replaced[id(weight)]

@@ -174,7 +174,7 @@ def _student_loss(
     student_loss.kernel = _loss_kernel(run, student_loss, teacher, listener)
     if is_sharded(recipe.train.shard):
         check_can_shard(run.student, student_loss.extras.keys())
-        student_loss.sharding = ShardedStudent(run.student, student_loss, ("log_probs",))
+        student_loss.sharding = ShardedStudent(run.student, student_loss, run.device, ("log_probs",))
         listener(Note(f"the student is distributed over {world().size} processes (FSDP)"))
     return student_loss
 
@@ -211,10 +211,11 @@ def _loss_kernel(
     """Return the kernel that computes the loss, checked on the device of the run; None for torch's operations."""
     if teacher is None or run.recipe.train.loss_kernel == "eager":
         return None
+    head = run.student.head()
     find = partial(
         choose_kernel,
         run.recipe.train.loss_kernel,
-        run.student.head(),
+        head.to(run.device, torch.float32) if run.student.is_to_be_sharded else head,
         teacher.head,
         student_loss.criterion.weights(Source.DATASET).divergence,
         run.dtype,

@@ -280,7 +280,8 @@ def _loss(run: Prepared, model: Backbone, rows: SequenceOf[Sequence]) -> float:
     """Return the mean cross-entropy per token of a model in the precision of its weights, nats."""
     module = StudentLoss(model, CrossEntropy())
     batches = batches_by_length(rows, _MEASURED_AT_ONCE)
-    info = RunInfo(steps=1, steps_per_epoch=1, device=run.device)
+    device = run.student.device if model is run.student else run.device  # a student to be distributed is on the CPU
+    info = RunInfo(steps=1, steps_per_epoch=1, device=device)
     with eval_mode(module):
         return mean_loss(batches, CROSS_ENTROPY, module, info, None, autocast=False)
 
@@ -362,7 +363,8 @@ def _memory(run: Prepared, cache_plan: CachePlan | None) -> Iterator[Finding]:
         free, _ = torch.cuda.mem_get_info(run.device)
         held = torch.cuda.memory_allocated(run.device)
     else:
-        held = sum(t.numel() * t.element_size() for m in run.pair.models.values() for t in m.state_dict().values())
+        models = [model for model in run.pair.models.values() if not model.is_to_be_sharded]
+        held = sum(t.numel() * t.element_size() for model in models for t in model.state_dict().values())
         found = available_memory()
         if found is None:
             return

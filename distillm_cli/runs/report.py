@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import sampling_models
 from distillm_cli.runs.prepare import Prepared
 from distillm_cli.training.events import Event, Listener, Progress, Warned
+from distillm_cli.training.sharding import NOT_SHARDED
 from distillm_cli.training.state import TrainerState
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.utils.modules import eval_mode
@@ -126,6 +127,7 @@ class Report:
         changes = {"seeds": config.seeds[:1], "metrics": tuple(metrics), "trigger": None, "target": None}
         self.config = config.model_copy(update=changes)
         self.measures_drift = False
+        self.sharding = NOT_SHARDED  # of the student
 
     def all(self, trainer: Trainer) -> dict[str, ModelReport]:
         """Measure every model; return their reports by name."""
@@ -133,6 +135,7 @@ class Report:
 
         run = self.run
         self.labels = labels(trainer.state, run.recipe)
+        self.sharding = trainer.student_loss.sharding
         trainer.optimizer.state.clear()  # no longer needed; frees memory for the teacher, which may be loaded again
         teacher = run.pair.teacher if _measures_teacher(run.recipe) else None
         if teacher is not None and trainer.teacher is not None and trainer.teacher.has_released_model:
@@ -181,7 +184,7 @@ class Report:
         for name, model in models.items() if self.suite.rows else ():
             try:
                 if model is not None:
-                    with model.on_device():
+                    with model.on_device(), self._whole(model):
                         model.check_decoding()
             except ModelError as error:
                 self.listener(Warned(f"no responses in the table, only losses; {name}: {error.what}"))
@@ -194,7 +197,8 @@ class Report:
         """Return the report of a model. figures: more of its scores."""
         if not self.suite.rows or model.is_served:
             return self._save(name, ModelReport(valid_loss, dict(figures or {}), []))
-        result = self._generate(model, self.labels[name])
+        with self._whole(model):
+            result = self._generate(model, self.labels[name])
         if name == AFTER:
             for score in result.scores.values():
                 if score.undefined is not None:
@@ -202,6 +206,10 @@ class Report:
         scores = {metric: score.mean for metric, score in result.scores.items()} | dict(figures or {})
         answers = next(iter(result.outputs.values()))
         return self._save(name, ModelReport(valid_loss, scores, answers))
+
+    def _whole(self, model: Backbone) -> AbstractContextManager[None]:
+        """Return a context in which each process has all weights of a model."""
+        return self.sharding.whole() if model is self.run.student else nullcontext()
 
     def _stage_reports(self, names: dict[str, str]) -> dict[str, ModelReport]:
         """Return the reports of the fine-tuning stage that still exist, and save them in this directory too.

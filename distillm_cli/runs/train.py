@@ -17,7 +17,8 @@ from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
 from distillm_cli.errors import Interrupted, UsageError, signal_number
 from distillm_cli.extras import check_extras
-from distillm_cli.models.devices import dtype_name
+from distillm_cli.models.devices import dtype_name, resolve_dtype
+from distillm_cli.models.sharded_student import is_sharded
 from distillm_cli.rollouts.scheduler import Source
 from distillm_cli.runs import output_dir
 from distillm_cli.runs.build import build_trainer
@@ -76,6 +77,7 @@ from distillm_cli.training.events import Listener, Note, Warned
 from distillm_cli.training.state import TrainerState
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.utils.energy import EnergyMeter
+from distillm_cli.utils.host_space import HostSpace
 from distillm_cli.utils.memory import keep_freed_memory
 from distillm_cli.utils.signals import received_signal
 from distillm_cli.utils.text import counted, format_bytes
@@ -120,6 +122,8 @@ class FineTuning(PriorStage):
             "sft", without_teacher, job.resolved, job.output, job.checkpoint, None, time.perf_counter()
         )
         job.listener(FineTuned(_train(training, job.listener)))
+        if is_sharded(job.run.recipe.train.shard):
+            self.restore(job)  # the student has no weights after ``Sharding.end``
 
     def is_finished(self, job: StageJob) -> bool:
         weights = ("model*.safetensors", "adapter_model.safetensors")
@@ -270,6 +274,7 @@ def _finish(
 
     run = training.run
     output = training.output
+    sharding = trainer.student_loss.sharding
     state = trainer.train()
     if trainer.checkpoints is not None and state.best_step not in (None, state.step):
         best = read_checkpoint(trainer.checkpoints.path(state.best_step))
@@ -283,7 +288,10 @@ def _finish(
     energy = None if training.energy is None else training.energy.joules()
     findings = tuple(finding.as_json() for finding in training.findings)
     about = CardFacts(report.measured_on, findings, energy, machine=machine_title(machine))
-    publish_model(run, output, training.resolved, state, models, about, trainer.student_loss.export_extras)
+    export_dtype = resolve_dtype(run.recipe.student.save_dtype, run.device)
+    with sharding.whole(to_save=HostSpace(output / output_dir.CHECKPOINTS), dtype=export_dtype):
+        publish_model(run, output, training.resolved, state, models, about, trainer.student_loss.export_extras)
+    sharding.end()
     summary = _summary(run, state, models, report.measured_on)
     result = _result(training, trainer, state, models, summary)
     result = replace(

@@ -11,7 +11,8 @@ from torch import nn
 
 from distillm_cli.config.schema import TrainConfig, chosen
 from distillm_cli.losses.extra import Extra
-from distillm_cli.training.sharding import gathered, like
+from distillm_cli.training.sharding import gathered
+from distillm_cli.utils.distributed_tensors import like
 from distillm_cli.utils.host_space import HostSpace
 from distillm_cli.utils.optimizers import EIGHT_BIT, adafactor, eight_bit_adamw
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from distillm_cli.training.distributed import world
+from distillm_cli.utils.distributed_tensors import full_tensor, is_distributed
 from distillm_cli.utils.host_space import HostSpace
 
 
@@ -23,17 +25,19 @@ class Sharding(Protocol):
     def is_on(self) -> bool:
         """Return whether each process has a part of the student's weights only."""
 
-    def whole(self, *, to_save: HostSpace | None = None) -> AbstractContextManager[None]:
+    def whole(
+        self, *, to_save: HostSpace | None = None, dtype: torch.dtype = torch.float32
+    ) -> AbstractContextManager[None]:
         """Give the student all weights inside the block, which all processes enter. The weights must not be changed.
 
-        to_save: the space for them on the CPU, in the first process alone.
+        to_save: the space for them on the CPU, in the first process alone. dtype: of the weights there.
         """
 
     def passes(self) -> AbstractContextManager[None]:
         """Make passes inside the block. An error of one process is not exchanged there, since the others wait in a pass."""
 
     def end(self) -> None:
-        """Give the student all weights again, in every process, after the last step."""
+        """Give the student its model as it was before, without weights: the caller loads them (``Backbone.load_state``)."""
 
 
 class _NotSharded:
@@ -41,7 +45,9 @@ class _NotSharded:
 
     is_on = False
 
-    def whole(self, *, to_save: HostSpace | None = None) -> AbstractContextManager[None]:
+    def whole(
+        self, *, to_save: HostSpace | None = None, dtype: torch.dtype = torch.float32
+    ) -> AbstractContextManager[None]:
         return nullcontext()
 
     def passes(self) -> AbstractContextManager[None]:
@@ -54,15 +60,9 @@ class _NotSharded:
 NOT_SHARDED: Sharding = _NotSharded()
 
 
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that is distributed over the processes, which all of them ask for; others unchanged."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
-
-
 def gathered(tensors: dict[str, Tensor], space: HostSpace) -> dict[str, Tensor]:
     """Return tensors with the whole of each distributed one in ``space``, in the first process alone. Others unchanged."""
-    distributed = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "full_tensor")}
+    distributed = {name: tensor for name, tensor in tensors.items() if is_distributed(tensor)}
     if distributed:
         world().broadcast(partial(space.reserve, distributed.values()))
     found = dict(tensors)
@@ -70,12 +70,3 @@ def gathered(tensors: dict[str, Tensor], space: HostSpace) -> dict[str, Tensor]:
         whole = full_tensor(tensor)
         found[name] = space.copy(whole) if world().is_first else whole.new_empty(0)
     return found
-
-
-def like(value: Tensor, tensor: Any) -> Tensor:
-    """Return a whole tensor distributed like another one, if that is."""
-    if not hasattr(tensor, "full_tensor") or value.ndim == 0:
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)

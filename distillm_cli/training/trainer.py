@@ -28,10 +28,10 @@ from distillm_cli.training.events import Alarmed, Listener, Note, RunEnded, Save
 from distillm_cli.training.health import StepHealth
 from distillm_cli.training.optimizer import build_optimizer, learning_rate, load_optimizer_tensors, optimizer_tensors
 from distillm_cli.training.recovery import MicroBatch, Recovery, check_finite
-from distillm_cli.training.sharding import full_tensor
 from distillm_cli.training.state import RunInfo, TrainerState
 from distillm_cli.training.validation import Validator
 from distillm_cli.types import Batch, collate
+from distillm_cli.utils.distributed_tensors import full_tensor
 from distillm_cli.utils.host_space import HostSpace
 from distillm_cli.utils.modules import eval_mode
 from distillm_cli.utils.signals import stop_on_signal
@@ -124,7 +124,6 @@ class Trainer:
                     self.save()
                 if signal and self.state.step < self.run.steps:
                     self._raise_interrupted(signal)
-        self.student_loss.sharding.end()
         self.emit(RunEnded(self.state.step, self.state.reason, self.state.seconds))
         return self.state
 

@@ -226,6 +226,8 @@ class Validator:
         is_trained = model is student_loss.student or (trained is not None and trained.in_training_precision)
         dtype = student_loss.matmul_dtype if is_trained else None
         of_model = StudentLoss(model, CrossEntropy(), matmul_dtype=dtype)
+        if model is student_loss.student and student_loss.sharding.is_on:
+            of_model = student_loss  # whose passes gather the weights
         of_teacher = model is not student_loss.student
         with eval_mode(of_model), torch.no_grad():
             return self.mean(CROSS_ENTROPY, of_model, autocast=is_trained, of_teacher=of_teacher)

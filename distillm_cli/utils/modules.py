@@ -1,9 +1,9 @@
-"""Put torch modules into evaluation mode temporarily, and compute fingerprints of weights."""
+"""Put torch modules into evaluation mode temporarily, replace their weights, and compute fingerprints of weights."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -26,6 +26,30 @@ def eval_mode_of(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def replace_parameters(module: nn.Module, value: Callable[[nn.Parameter], torch.Tensor]) -> None:
+    """Replace every parameter of a module. Tied ones stay tied."""
+    replaced: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        for name, weight in part._parameters.items():
+            if weight is not None:
+                if id(weight) not in replaced:
+                    replaced[id(weight)] = nn.Parameter(value(weight), requires_grad=weight.requires_grad)
+                part._parameters[name] = replaced[id(weight)]
+
+
+def assign_state(
+    module: nn.Module, state: Mapping[str, torch.Tensor], *, strict: bool = True
+) -> tuple[list[str], list[str]]:
+    """Load a state as ``load_state_dict`` does, without a copy: its tensors become the parameters. Tied ones stay tied."""
+    places = [(part, name) for part in module.modules() for name in part._parameters]
+    first: dict[int, tuple[nn.Module, str]] = {}
+    tied = [(part, name, *first.setdefault(id(part._parameters[name]), (part, name))) for part, name in places]
+    absent, unknown = module.load_state_dict(state, strict=strict, assign=True)
+    for part, name, other, name_there in tied:
+        part._parameters[name] = other._parameters[name_there]
+    return absent, unknown
 
 
 def weights_fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype = torch.float32) -> str:
