@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +9,7 @@ import typer
 import distillm_cli
 from distillm_cli.cli import options
 from distillm_cli.cli.options import command
-from distillm_cli.cli.streams import write_stdout
+from distillm_cli.cli.streams import write_json, write_stdout
 from distillm_cli.errors import UsageError
 
 FieldName = Annotated[
@@ -31,7 +30,7 @@ def env(as_json: options.Json = False, debug: options.Debug = False) -> None:
 
     found = {"distillm": distillm_cli.__version__, **environment()}
     if as_json:
-        print(json.dumps({"command": "env", "status": "ok", **found}))
+        write_json({"command": "env", "status": "ok", **found})
         return
     width = max(map(len, found))
     write_stdout("".join(f"{name:<{width}}  {value}\n" for name, value in found.items()))
@@ -46,7 +45,7 @@ def explain_field(name: FieldName, as_json: options.Json = False, debug: options
     """Describe a field of a recipe: its meaning, values, default, flags, and which runs use it."""
     found = _field(name)
     if as_json:
-        print(json.dumps({"command": "explain", "status": "ok", **found}))
+        write_json({"command": "explain", "status": "ok", **found})
         return
     lines = [found["key"], f"  {found['description']}", ""]
     for key in ("expected", "default", "flags", "used_by", "only_with", "set_it_with"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distillm_cli.cli import options
+from distillm_cli.cli.streams import write_json
 from distillm_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def list_methods(ctx: typer.Context, as_json: options.Json = False, debug: optio
 
     rows = [_facts(method) for method in METHODS.values()]
     if as_json:
-        print(json.dumps({"command": "methods", "status": "ok", "methods": rows}, ensure_ascii=False))
+        write_json({"command": "methods", "status": "ok", "methods": rows})
     elif sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -79,7 +79,7 @@ def show_method(name: MethodName, as_json: options.Json = False, debug: options.
     parameters = {key: _parameter(key, resolved) for key in _keys(method, resolved)}
     facts = _facts(method) | {"summary": method.summary, "parameters": parameters, "example": _example(method)}
     if as_json:
-        print(json.dumps({"command": "methods show", "status": "ok", "method": facts}, ensure_ascii=False))
+        write_json({"command": "methods show", "status": "ok", "method": facts})
     else:
         sys.stdout.writelines(f"{line}\n" for line in _page(facts))
 

@@ -11,7 +11,7 @@ import typer
 
 from distillm_cli.cli import options
 from distillm_cli.cli.options import command
-from distillm_cli.cli.streams import print_error, write_stdout
+from distillm_cli.cli.streams import print_error, write_json, write_stdout
 from distillm_cli.errors import RecipeError, UsageError
 
 recipes_app = typer.Typer(
@@ -43,7 +43,7 @@ def list_recipes(as_json: options.Json = False, debug: options.Debug = False) ->
 
     rows = [{"name": name, **_about(path)} for name, path in shipped().items()]
     if as_json:
-        print(json.dumps({"command": "recipes ls", "status": "ok", "recipes": rows}))
+        write_json({"command": "recipes ls", "status": "ok", "recipes": rows})
     elif sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -124,7 +124,7 @@ def validate_recipes(
         first = {key: wrong[0][key] for key in ("error", "message")} if wrong else {}
         code = {"code": RecipeError.exit_code, **first} if wrong else {}
         status = "error" if wrong else "ok"
-        print(json.dumps({"command": "recipes validate", "status": status, **code, "recipes": rows}))
+        write_json({"command": "recipes validate", "status": status, **code, "recipes": rows})
     else:
         for row in rows:
             if row["status"] == "ok":

@@ -17,8 +17,9 @@ from distillm_cli.errors import CtrlC, Hangup, Terminated
 _Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
 _IMPORTING = "<frozen importlib._bootstrap>"  # the file name of the frames of a running import
 _PACKAGE = __name__.partition(".")[0]
-_CHECK_SECONDS = 0.001  # interval at which the end of an import is checked; a command must not end in between
+_CHECK_SECONDS = 0.001  # interval at which the end of an import is checked
 _received: list[type[KeyboardInterrupt]] = []  # since the outermost ``handle_signals`` began
+_delayed: list[type[KeyboardInterrupt]] = []  # at most one, which arrived during an import and is raised after it
 
 
 @contextmanager
@@ -41,44 +42,45 @@ def handle_signals() -> Iterator[None]:
         n: stop for n, (handler, stop) in default_handlers.items() if in_main_thread and signal.getsignal(n) == handler
     }
     can_wait = bool(handled) and hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
-    pending: type[KeyboardInterrupt] | None = None
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        nonlocal pending
         stop = handled[number]
         if stop is Hangup and Hangup in _received:  # the kernel sends it, and the shell sends it again
             return
         _received.append(stop)
-        if pending is not None or not can_wait or not _is_importing(frame):
+        if _delayed or not can_wait or not _is_importing(frame):
             raise stop
-        pending = stop
+        _delayed.append(stop)
         signal.setitimer(signal.ITIMER_REAL, _CHECK_SECONDS, _CHECK_SECONDS)
 
     def on_timer(_: int, frame: FrameType | None) -> None:
-        nonlocal pending
-        if pending is None or _is_importing(frame):
-            return
-        stop = pending
-        pending = None
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        raise stop
+        if not _is_importing(frame):
+            raise_delayed()
 
     if handled:
         _received.clear()
+        _delayed.clear()
     for number in handled:
         signal.signal(number, on_signal)
     if can_wait:
         signal.signal(signal.SIGALRM, on_timer)
     try:
         yield
-        if pending is not None:  # the block ended before the timer did
-            raise pending
+        raise_delayed()  # the block ended before the timer did
     finally:
         if can_wait:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
         for number in handled:
             signal.signal(number, default_handlers[signal.Signals(number)][0])
+
+
+def raise_delayed() -> None:
+    """Raise the signal that arrived during an import, if any: also called before a result is printed."""
+    if _delayed:
+        stop = _delayed.pop()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise stop
 
 
 def _is_importing(frame: FrameType | None) -> bool:

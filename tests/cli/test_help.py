@@ -427,14 +427,22 @@ def test_closed_stdout_pipe_exits_quietly():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("module", ["typer", "distillm_cli.config.load"])
-def test_signal_during_imports_is_one_error_line(module, number, tmp_path):
+@pytest.mark.parametrize(
+    ("module", "check_seconds"),
+    [
+        ("typer", 0.001),
+        ("distillm_cli.config.load", 0.001),
+        ("distillm_cli.config.load", 60),
+    ],  # 60: the command ends before
+)
+def test_signal_during_imports_is_one_error_line(module, check_seconds, number, tmp_path):
     hook = f"""
         import os, sys
         class Hook:
             def find_spec(self, name, *_):
                 if name == "{module}":
                     sys.meta_path.remove(self)
+                    sys.modules["distillm_cli.utils.signals"]._CHECK_SECONDS = {check_seconds}
                     # In exec, as imports of data classes do: python -m then ends by the signal of a KeyboardInterrupt.
                     exec("os.kill(os.getpid(), {int(number)}); [0 for _ in range(1000)]")
         sys.meta_path.insert(0, Hook())
