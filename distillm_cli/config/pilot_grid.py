@@ -99,9 +99,8 @@ class Grid:
     def variations(self, best: Arm) -> list[Arm]:
         """Return the arms of the second round: the best of the first with other divergences, and with other schedules."""
         of_divergences = [replace(best, divergence=name) for name in self.divergence]
-        return [
-            arm for arm in (*of_divergences, *(replace(best, schedule=name) for name in self.schedule)) if arm != best
-        ]
+        of_schedules = [replace(best, schedule=name) for name in self.schedule]
+        return [arm for arm in of_divergences + of_schedules if arm != best]
 
 
 def parse_grid(texts: Iterable[str], recipe: Recipe) -> Grid:

@@ -197,9 +197,7 @@ def _on_objective(ranking: _Ranking) -> str | None:
     ranked = ranking.best_of_each("divergence", (arm for arm in on_rows if arm.temperature == best.temperature))
     if len(ranked) == 1:
         return f"Objective: {best.divergence}, the only one that was tried."
-    difference, clause = ranking.versus(*ranked[:2])
-    verdict = "" if difference.is_clear else ", but the difference to the next is not clear"
-    return f"Objective: {best.divergence} is the best{verdict}: {clause}."
+    return f"Objective: {best.divergence} {_ahead_of_next(ranking, ranked)}"
 
 
 def _on_temperature(ranking: _Ranking) -> str | None:
@@ -208,9 +206,14 @@ def _on_temperature(ranking: _Ranking) -> str | None:
     ranked = ranking.best_of_each("temperature", (arm for arm in _on_rows(ranking) if arm.divergence == first))
     if len(ranked) < 2:
         return None
+    return f"Temperature: {ranked[0].temperature:g} {_ahead_of_next(ranking, ranked)}"
+
+
+def _ahead_of_next(ranking: _Ranking, ranked: list[Arm]) -> str:
+    """Return the end of a sentence: how the first of these arms compares with the second."""
     difference, clause = ranking.versus(*ranked[:2])
     verdict = "" if difference.is_clear else ", but the difference to the next is not clear"
-    return f"Temperature: {ranked[0].temperature:g} is the best{verdict}: {clause}."
+    return f"is the best{verdict}: {clause}."
 
 
 def _on_rows(ranking: _Ranking) -> list[Arm]:
