@@ -3,8 +3,10 @@
     python benchmarks/pilot.py g2p:2000 banking77:2000 g2p:30000 --work DIR --data DATA [--minutes 5] [--cpu]
 
 DIR is that of ``regimes.py``, with the runs to compare with. Per task: a pilot from the same teacher, start and rows, then
-one run of its recipe, scored greedily on the test rows. The pilot has not seen these rows, nor the long runs. --cpu counts
-the seconds of the process's CPU in the pilot, for a machine that is shared. Prints a table, and the pilot's answers.
+one run of its recipe, scored greedily on the test rows. The pilot has not seen these rows, nor the long runs. The recipe's
+run is compared with the best long run of at most its cost (``regimes.cost``: steps, with FRESH_COST for one on fresh student
+outputs; LIKE allows for the schedule's chance), and with the best of all. --cpu counts the seconds of the process's CPU in
+the pilot, for a machine that is shared. Prints a table, and the pilot's answers.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from lab import cached_json, run, sets
-from regimes import TASKS, Regime
+from regimes import TASKS, Regime, cost
 
 _BY_CPU = (
     "import sys, time; time.perf_counter = time.process_time; from distillm_cli.cli.app import main; sys.exit(main())"
 )
 WITHIN = 1.0  # points
+LIKE = 1.15  # times the cost of the recipe's run
 
 
 def pilot(regime: Regime, seed: int, minutes: float, threads: int, *, by_cpu: bool) -> tuple[Path, dict]:
@@ -35,18 +38,26 @@ def pilot(regime: Regime, seed: int, minutes: float, threads: int, *, by_cpu: bo
     return place, cached_json(place, [sys.executable, *program, *argv], threads)
 
 
-def best_known(regime: Regime, seed: int) -> tuple[str, float]:
-    """Return the best run of ``regimes.py`` with this seed by the first metric, and its figure on the test rows."""
+def best_known(regime: Regime, seed: int, most: float = float("inf")) -> tuple[str, float, float]:
+    """Return the best run of ``regimes.py`` with this seed and at most this cost: name, figure on test rows, and cost."""
     task = regime.task
     metric = task.metrics[0]
     found = {}
     for file in task.work.glob(f"*_{seed}_*.test-greedy.json"):
+        name = file.name.removesuffix(".test-greedy.json")
         (suite,) = json.loads(file.read_text())["suites"].values()
-        found[file.name.removesuffix(".test-greedy.json")] = suite[metric]["mean"]
+        spent = _cost(task.work / name)
+        if spent <= most:
+            found[name] = suite[metric]["mean"], spent
     if not found:
         raise SystemExit(f"no runs with seed {seed} in {task.work}: run regimes.py first")
     name = (min if task.lower else max)(found, key=lambda name: found[name])
-    return name, found[name]
+    return name, *found[name]
+
+
+def _cost(place: Path) -> float:
+    """Return the cost of the run of a directory."""
+    return cost([(json.loads(place.with_name(place.name + ".json").read_text()), {})])
 
 
 def main() -> None:
@@ -71,14 +82,20 @@ def main() -> None:
         run(student, ["distill", "--recipe", found["recipe"], "--output", str(student), "--overwrite"], args.threads)
         metric = regime.task.metrics[0]
         figure = regime.task.score(student, student.name, "greedy")[metric]["mean"]
-        known, best = best_known(regime, args.seed)
-        behind = figure - best if regime.task.lower else best - figure
         chosen = {key: value for key, value in found["best"].items() if key != "share"} | {"steps": found["steps"]}
         cells = [text, f"{found['wall_s']:.0f}", ", ".join(f"{key} {value}" for key, value in chosen.items())]
-        cells += [f"{figure:.2f}", known, f"{best:.2f}", f"{behind:+.2f}", "yes" if behind <= WITHIN else "no"]
+        cells.append(f"{figure:.2f}")
+        spent = _cost(student)
+        for most in (LIKE * spent, float("inf")):
+            known, best, its_cost = best_known(regime, args.seed, most)
+            behind = figure - best if regime.task.lower else best - figure
+            cells += [f"{known}: {best:.2f} for {its_cost / spent:.1f} × the cost"]
+            cells += [f"{behind:+.2f}: {'yes' if behind <= WITHIN else 'no'}"]
         lines.append(cells)
         answers += [f"- {text}: {answer}" for answer in (*found["answers"], *found["notes"])]
-    print("| task | seconds | choice | test figure | best long run | its figure | behind | within one point |")
+    print(
+        "| task | seconds | choice | test figure | best for its cost | within one point | best of all | within one point |"
+    )
     print("|---" * 8 + "|")
     for cells in lines:
         print(f"| {' | '.join(cells)} |")

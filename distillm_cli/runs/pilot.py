@@ -36,7 +36,7 @@ from distillm_cli.runs.defaults import fitted
 from distillm_cli.runs.pilot_costs import MEASURED, CostMeter, reset_student
 from distillm_cli.runs.pilot_plan import RUNGS, PilotPlan, kept, make_plan
 from distillm_cli.runs.pilot_record import ARMS, PilotRecord, Trial, read_pilot, write_pilot
-from distillm_cli.runs.pilot_result import choose_best, conclude
+from distillm_cli.runs.pilot_result import Ranking, choose_best, conclude
 from distillm_cli.runs.pilot_scores import HeldOutScorer
 from distillm_cli.runs.prepare import prepare
 from distillm_cli.runs.resume import check_unchanged, find_checkpoint, restore_student
@@ -141,15 +141,8 @@ class _Pilot:
             self._rounds()
         except _OutOfTime:
             self._note("the budget ended before the last trials")
-        result = conclude(
-            self.record,
-            self.plan,
-            self.scorer.metric,
-            self.output,
-            self.full_steps,
-            self.run_of_pair.order.steps_per_epoch,
-            self.seconds(),
-        )
+        steps_per_epoch = self.run_of_pair.order.steps_per_epoch
+        result = conclude(self.ranking, self.output, self.full_steps, steps_per_epoch, self.seconds())
         self._write_recipe(Arm(**result.best), result.steps)
         self.record.result = result.as_json()
         self._save()
@@ -157,6 +150,11 @@ class _Pilot:
             shutil.rmtree(place, ignore_errors=True)
         self.listener(Progress("pilot", 1, 1))
         return result
+
+    @property
+    def ranking(self) -> Ranking:
+        """Return the arms' ranking, by the trials so far."""
+        return Ranking(self.record, self.plan, self.scorer.metric)
 
     # Time
 
@@ -278,12 +276,10 @@ class _Pilot:
         if any(arm.schedule != ROWS_ALONE for arm in variations):
             self._measure_outputs(distilled[0])
         finished += self._halve("variations", variations, self.plan.last_round_seconds)
-        (best,) = self._decide(
-            "best", lambda: [choose_best(self.record, self.plan, self.scorer.metric, finished, self.full_steps)]
-        )
-        self._advance(replace(best, share=0.5), len(RUNGS) - 1)
         for arm in self._decide("equal seconds", partial(self._equal_seconds, finished)):
             self._advance(arm, len(RUNGS) - 1)
+        (best,) = self._decide("best", lambda: [choose_best(self.ranking, finished, self.full_steps)])
+        self._advance(replace(best, share=0.5), len(RUNGS) - 1)
 
     def _equal_seconds(self, finished: list[Arm]) -> list[Arm]:
         """Return the best arm on rows with as many steps as take the seconds of the best one with student outputs.
@@ -291,7 +287,7 @@ class _Pilot:
         None if its own seconds are near them.
         """
         last = len(RUNGS) - 1
-        ranked = self._ranked(finished, last)
+        ranked = self.ranking.ranked(finished)
         pair = [next((arm for arm in ranked if arm.source == source), None) for source in ("outputs", "rows")]
         if pair[0] is None or pair[1] is None:
             return []
@@ -331,7 +327,7 @@ class _Pilot:
         center = Arm(self.plan.grid.divergence[0], self.plan.grid.lr[0], temperature)
         arms = [replace(center, lr=lr) for lr in self.plan.grid.lr]
         for _ in range(_MOST_SEARCHED):
-            scored = self._ranked([arm for arm in arms if self._advance(arm, 0)], 0)
+            scored = self.ranking.ranked([arm for arm in arms if self._advance(arm, 0)])
             best = scored[0] if scored else center
             missing = [arm for arm in _neighbors(best) if arm not in arms]
             if not missing or self.remaining < _SEARCH_SHARE * self.budget:
@@ -348,12 +344,12 @@ class _Pilot:
             if rung:
                 arms = self._decide(f"{round_name} {rung}", partial(self._continuing, arms, rung, later))
             arms = [arm for arm in arms if self._advance(arm, rung)]
-        return self._ranked(arms, len(RUNGS) - 1)
+        return self.ranking.ranked(arms)
 
     def _continuing(self, arms: list[Arm], rung: int, later: float) -> list[Arm]:
         """Return the better half of each family, or the best of each if time is short."""
         by_family: dict[str, list[Arm]] = {}
-        for arm in self._ranked(arms, rung - 1):
+        for arm in self.ranking.ranked(arms):
             by_family.setdefault(arm.family, []).append(arm)
         half = [arm for members in by_family.values() for arm in members[: kept(len(members))]]
         one = [members[0] for members in by_family.values()]
@@ -365,15 +361,6 @@ class _Pilot:
             if arm not in selected:
                 shutil.rmtree(self.output / ARMS / arm.name, ignore_errors=True)
         return selected
-
-    def _ranked(self, arms: SequenceOf[Arm], rung: int) -> list[Arm]:
-        return sorted((arm for arm in arms if self.record.trial(arm, rung)), key=lambda arm: -self._merit(arm, rung))
-
-    def _merit(self, arm: Arm, rung: int) -> float:
-        """Return an arm's score after a rung, higher is better."""
-        trial = self.record.trial(arm, rung)
-        assert trial is not None
-        return trial.scores.figure if self.scorer.metric.higher_is_better else -trial.scores.figure
 
     def _pace(self) -> float:
         """Return how many times the planned seconds the trials of this process have taken so far, at least 1."""

@@ -20,17 +20,9 @@ _ADAPTIVE = ("auto", "adaptive")
 _SHORT = 0.75  # of the recipe's steps, below which a trial says less about student outputs
 
 
-def conclude(
-    record: PilotRecord,
-    plan: PilotPlan,
-    metric: Metric,
-    output: Path,
-    full_steps: int,
-    steps_per_epoch: int,
-    seconds: float,
-) -> PilotResult:
+def conclude(ranking: Ranking, output: Path, full_steps: int, steps_per_epoch: int, seconds: float) -> PilotResult:
     """Return the result of the trials in a record. full_steps: of the recipe's run. seconds: that the pilot has used."""
-    ranking = _Ranking(record, plan, metric)
+    record = ranking.record
     whole = [arm for arm in ranking.arms if arm.share == 1]
     if not whole:
         hint = "give more --minutes in another --output"
@@ -53,7 +45,7 @@ def conclude(
         recipe=str(output / output_dir.RECIPE),
         best=asdict(best),
         steps=steps,
-        metric=metric.name,
+        metric=ranking.metric.name,
         rows=plan_rows(record),
         arms=tuple(ranking.table(best)),
         answers=tuple(answer for answer in answers if answer),
@@ -61,21 +53,23 @@ def conclude(
     )
 
 
-def choose_best(record: PilotRecord, plan: PilotPlan, metric: Metric, finished: Iterable[Arm], full_steps: int) -> Arm:
+def choose_best(ranking: Ranking, finished: Iterable[Arm], full_steps: int) -> Arm:
     """Return the best of the arms that were trained to the end.
 
-    If trials are shorter than the recipe's run, an adaptive schedule that is not clearly worse than rows alone comes first:
-    rows repeat more often in the longer run, and there student outputs gain more.
+    If trials are shorter than the recipe's run, an adaptive schedule comes before rows alone, unless they are clearly better
+    in the same steps or the same seconds: rows repeat more often in the longer run, and there student outputs gain more.
     """
-    ranking = _Ranking(record, plan, metric)
     finished = list(finished)
     best = ranking.best(finished)
     assert best is not None
     adaptive = ranking.best(arm for arm in finished if arm.schedule in _ADAPTIVE)
-    if best.source != "rows" or adaptive is None or not is_short(plan, best, full_steps):
+    if best.source != "rows" or adaptive is None or not is_short(ranking.plan, best, full_steps):
         return best
-    difference = ranking.compare(best, adaptive, _LAST)
-    return best if difference.is_clear else adaptive
+    rows_are_better = ranking.compare(best, adaptive, _LAST).is_clear
+    if (compared := ranking.outputs_against_rows()) is not None:
+        in_same_seconds, _ = compared
+        rows_are_better |= in_same_seconds.is_clear and in_same_seconds.mean < 0
+    return best if rows_are_better else adaptive
 
 
 def is_short(plan: PilotPlan, arm: Arm, full_steps: int) -> bool:
@@ -90,7 +84,7 @@ def plan_rows(record: PilotRecord) -> int:
 
 
 @dataclass
-class _Ranking:
+class Ranking:
     """Rank the arms of a record, and compare two of them."""
 
     record: PilotRecord
@@ -150,6 +144,18 @@ class _Ranking:
         ]
         return difference, f"{self.metric.label} {' against '.join(figures)}, {_interval(difference)}"
 
+    def outputs_against_rows(self) -> tuple[PairedDifference, str] | None:
+        """Return by how much the best arm with student outputs is better than rows alone, in the same seconds.
+
+        None if one of them was not tried.
+        """
+        outputs = self.best(arm for arm in self.arms if arm.source == "outputs" and arm.share == 1)
+        rows = self.best(_on_rows(self))
+        if outputs is None or rows is None:
+            return None
+        equal = [Arm(**fields) for fields in self.record.decisions.get("equal seconds", [])]
+        return self.versus(outputs, next((arm for arm in equal if arm in self.arms), rows))
+
     def best_rung(self, arm: Arm) -> int:
         """Return the rung after which an arm had its best figure."""
         sign = 1 if self.metric.higher_is_better else -1
@@ -188,7 +194,7 @@ def _interval(difference: PairedDifference) -> str:
     return f"{word} by {abs(difference.mean):.2f} (95 % interval {low:.2f} to {high:.2f})".replace("-", "−")
 
 
-def _on_objective(ranking: _Ranking) -> str | None:
+def _on_objective(ranking: Ranking) -> str | None:
     """Describe which objective is best on the rows, at the best temperature, and how it compares with the next."""
     on_rows = _on_rows(ranking)
     best = ranking.best(on_rows)
@@ -200,7 +206,7 @@ def _on_objective(ranking: _Ranking) -> str | None:
     return f"Objective: {best.divergence} {_ahead_of_next(ranking, ranked)}"
 
 
-def _on_temperature(ranking: _Ranking) -> str | None:
+def _on_temperature(ranking: Ranking) -> str | None:
     """Describe which temperature is best on the rows with the first objective, and how it compares with the next."""
     first = ranking.plan.grid.divergence[0]
     ranked = ranking.best_of_each("temperature", (arm for arm in _on_rows(ranking) if arm.divergence == first))
@@ -209,27 +215,25 @@ def _on_temperature(ranking: _Ranking) -> str | None:
     return f"Temperature: {ranked[0].temperature:g} {_ahead_of_next(ranking, ranked)}"
 
 
-def _ahead_of_next(ranking: _Ranking, ranked: list[Arm]) -> str:
+def _ahead_of_next(ranking: Ranking, ranked: list[Arm]) -> str:
     """Return the end of a sentence: how the first of these arms compares with the second."""
     difference, clause = ranking.versus(*ranked[:2])
     verdict = "" if difference.is_clear else ", but the difference to the next is not clear"
     return f"is the best{verdict}: {clause}."
 
 
-def _on_rows(ranking: _Ranking) -> list[Arm]:
+def _on_rows(ranking: Ranking) -> list[Arm]:
     """Return the arms that train on rows alone by a divergence."""
     return [arm for arm in ranking.arms if arm.source == "rows" and arm.share == 1]
 
 
-def _on_outputs(ranking: _Ranking, best: Arm, full_steps: int, steps_per_epoch: int) -> str | None:
+def _on_outputs(ranking: Ranking, best: Arm, full_steps: int, steps_per_epoch: int) -> str | None:
     """Describe whether student outputs pay for themselves, in the same seconds."""
-    outputs = ranking.best(arm for arm in ranking.arms if arm.source == "outputs" and arm.share == 1)
+    compared = ranking.outputs_against_rows()
     rows = ranking.best(_on_rows(ranking))
-    if outputs is None or rows is None:
+    if compared is None or rows is None:
         return None
-    equal = ranking.record.decisions.get("equal seconds", [])
-    with_equal_seconds = [arm for fields in equal if (arm := Arm(**fields)) in ranking.arms]
-    difference, clause = ranking.versus(outputs, with_equal_seconds[0] if with_equal_seconds else rows)
+    difference, clause = compared
     if not difference.is_clear:
         verdict = "It is not clear that student outputs pay for themselves here"
     elif difference.mean > 0:
@@ -248,7 +252,7 @@ def _on_outputs(ranking: _Ranking, best: Arm, full_steps: int, steps_per_epoch: 
     return sentence
 
 
-def _on_sft(ranking: _Ranking) -> str | None:
+def _on_sft(ranking: Ranking) -> str | None:
     """Describe whether plain SFT is enough. It may stop early, as `distillm sft` does: its best figure counts."""
     sft = ranking.best(arm for arm in ranking.arms if arm.divergence == SFT_ARM and arm.share == 1)
     other = ranking.best(arm for arm in ranking.arms if arm.divergence != SFT_ARM and arm.share == 1)
@@ -260,7 +264,7 @@ def _on_sft(ranking: _Ranking) -> str | None:
     return f"Plain SFT is {'not ' if difference.mean > 0 else ''}enough: {clause}."
 
 
-def _on_rate(ranking: _Ranking, best: Arm) -> str | None:
+def _on_rate(ranking: Ranking, best: Arm) -> str | None:
     """Describe at which end of those that were tried the best learning rate is; None if it is at neither."""
     rates = [arm.lr for arm in ranking.arms if arm.divergence == best.divergence]
     if len(set(rates)) == 1 or min(rates) < best.lr < max(rates):
@@ -269,7 +273,7 @@ def _on_rate(ranking: _Ranking, best: Arm) -> str | None:
     return f"The best learning rate, {best.lr:g}, is the {end} that was tried; {more} ones may be better."
 
 
-def _on_steps(ranking: _Ranking, best: Arm, full_steps: int) -> tuple[int, str | None]:
+def _on_steps(ranking: Ranking, best: Arm, full_steps: int) -> tuple[int, str | None]:
     """Return the steps that are worth it, and a sentence. Without a trial of half of the steps, they are the recipe's."""
     short = replace(best, share=0.5)
     if short not in ranking.arms:

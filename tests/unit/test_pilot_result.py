@@ -6,7 +6,7 @@ from distillm_cli.config.pilot_grid import SFT_ARM, Arm, Grid
 from distillm_cli.evaluation.metrics import get_metric
 from distillm_cli.runs.pilot_plan import Costs, PilotPlan
 from distillm_cli.runs.pilot_record import PilotRecord, Trial
-from distillm_cli.runs.pilot_result import choose_best, conclude
+from distillm_cli.runs.pilot_result import Ranking, choose_best, conclude
 from distillm_cli.runs.pilot_scores import RowScores
 
 GRID = Grid((1e-3,), ("kl", "ab"), (1.0,), ("off", "auto"))
@@ -26,10 +26,14 @@ def record(scores):
     return made
 
 
+def ranking(made):
+    return Ranking(made, PLAN, METRIC)
+
+
 def answers(scores, tmp_path, full_steps=100, best=KL):
     made = record(scores)
     made.decisions["best"] = [vars(best)]
-    return conclude(made, PLAN, METRIC, tmp_path, full_steps, 10, 1.0)
+    return conclude(ranking(made), tmp_path, full_steps, 10, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +47,15 @@ def answers(scores, tmp_path, full_steps=100, best=KL):
     ],
 )
 def test_best_arm(scores, full_steps, best):
-    assert choose_best(record(scores), PLAN, METRIC, scores, full_steps) == best
+    assert choose_best(ranking(record(scores)), scores, full_steps) == best
+
+
+@pytest.mark.parametrize(("right", "best"), [(100, AUTO), (130, KL)])
+def test_rows_that_are_clearly_better_in_the_same_seconds_come_first(right, best):
+    longer = Arm("kl", 1e-3, share=1.4)
+    made = record({KL: 100, AUTO: 98, longer: right})
+    made.decisions["equal seconds"] = [vars(longer)]
+    assert choose_best(ranking(made), [KL, AUTO], 1000) == best
 
 
 def test_sentences_name_clear_differences(tmp_path):
@@ -76,7 +88,7 @@ def test_best_figure_of_sft_counts(tmp_path):
     made = record({KL: 100, SFT: 20})
     made.add(SFT, 1, Trial(50, 4.0, RowScores([1.0] * 110 + [0.0] * 90, [1.0] * ROWS)))
     made.decisions["best"] = [vars(KL)]
-    sentence = conclude(made, PLAN, METRIC, tmp_path, 100, 10, 1.0).answers[1]
+    sentence = conclude(ranking(made), tmp_path, 100, 10, 1.0).answers[1]
     assert sentence.startswith(
         "Plain SFT is enough: exact match 50.00 with kl, off (lr 0.001, 9 s) against 55.00 with sft"
     )
@@ -87,7 +99,7 @@ def test_equal_seconds_are_those_of_the_longer_run_on_rows(tmp_path):
     longer = Arm("kl", 1e-3, share=1.4)
     made = record({KL: 100, AUTO: 130, longer: 120})
     made.decisions |= {"best": [vars(AUTO)], "equal seconds": [vars(longer)]}
-    outputs = conclude(made, PLAN, METRIC, tmp_path, 100, 10, 1.0).answers[1]
+    outputs = conclude(ranking(made), tmp_path, 100, 10, 1.0).answers[1]
     assert "against 60.00 with kl, off, × 1.4" in outputs
     assert "better by 5.00" in outputs
 
@@ -95,7 +107,7 @@ def test_equal_seconds_are_those_of_the_longer_run_on_rows(tmp_path):
 def test_objectives_are_compared_at_the_best_temperature(tmp_path):
     warm, auto, ab = Arm("kl", 1e-3, 4.0), Arm("kl", 1e-3, 4.0, "auto"), Arm("ab", 1e-3, 4.0)
     made = record({KL: 60, warm: 100, ab: 50, auto: 120})
-    objective, temperature, outputs = conclude(made, PLAN, METRIC, tmp_path, 100, 10, 1.0).answers
+    objective, temperature, outputs = conclude(ranking(made), tmp_path, 100, 10, 1.0).answers
     assert "50.00 with kl, off, T 4 (" in objective
     assert "against 25.00 with ab, off, T 4 (" in objective
     assert temperature.startswith("Temperature: 4 is the best: ")
@@ -106,6 +118,6 @@ def test_objectives_are_compared_at_the_best_temperature(tmp_path):
 
 def test_a_temperature_may_be_best_by_chance(tmp_path):
     made = record({KL: 100, Arm("kl", 1e-3, 2.0): (1, 40), Arm("kl", 1e-3, 4.0): (1, 98)})
-    temperature = conclude(made, PLAN, METRIC, tmp_path, 100, 10, 1.0).answers[1]
+    temperature = conclude(ranking(made), tmp_path, 100, 10, 1.0).answers[1]
     assert temperature.startswith("Temperature: 1 is the best, but the difference to the next is not clear: ")
     assert "with kl, off, T 4" in temperature
