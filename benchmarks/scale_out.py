@@ -1,13 +1,14 @@
 """Compare a run in one, two and four processes on this machine: replicated and sharded, teacher cached and live, rollouts.
 
-    python benchmarks/scale_out.py [--processes 1 2 4] [--steps 12] [--layers 6 --width 384] [--rollout-server URL] [--json]
+    python benchmarks/scale_out.py [--processes 1 2 4] [--steps 12] [--student random:6x384] [--rollout-server URL] [--json]
 
 Each case is ``distillm distill`` under torchrun with one thread per process, on the built-in teacher and rows: 32 rows a
 step, a student from scratch. tokens/s: of the training loop, without validation. collectives: share of the loop's time that
 the first process spends in them, waiting for the slowest one included. memory: highest resident size of a process, the
 largest of all. The first step is a part of the figures, so runs should have a dozen steps.
 
-``--rollout-server`` adds a case whose student outputs come from a server (``distillm serve rollouts``).
+With ``--rollout-server``, only the cases of student outputs are measured: by the built-in sampler, and by that server, which
+``distillm serve rollouts`` started for the student's ``config.json`` (``--student``).
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def measure(name: str, processes: int, shard: str, args: argparse.Namespace) -> 
             f"train.shard={shard}", "student.dtype=fp32", "teacher.dtype=fp32", "data.template=plain",
         )  # fmt: skip
         argv = ["distill", "--method", method, "--teacher", "builtin", "--data", "builtin", "--student"]
-        argv += [f"random:{args.layers}x{args.width}", "--steps", str(args.steps), "--output", str(directory / "run")]
+        argv += [args.student, "--steps", str(args.steps), "--output", str(directory / "run")]
         argv += ["--json", "--quiet", *(word for value in values for word in ("--set", value))]
         launch = [sys.executable]
         if processes > 1:
@@ -126,15 +127,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--student", default="random:6x384", help="a student from scratch, or its config.json")
     parser.add_argument("--rollout-server", help="URL of a server for student outputs")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    cases = [name for name, (_, fields) in CASES.items() if fields == ROLLOUTS or not args.rollout_server]
     if args.rollout_server:
+        cases.append("student outputs, server")
         CASES["student outputs, server"] = ("distillm", (*ROLLOUTS, f"rollout.server={args.rollout_server}"))
     results = []
-    for name in CASES:
+    for name in cases:
         for processes in args.processes:
             for shard in ("none", "full") if processes > 1 else ("none",):
                 results.append(measure(name, processes, shard, args))
