@@ -20,7 +20,7 @@ from distillm_cli.data.batching import Examples, MixedOrder, Order, by_source, t
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
-from distillm_cli.data.sides import with_teacher_prompts
+from distillm_cli.data.sides import describe_sides, with_teacher_prompts
 from distillm_cli.data.sources import Rows, named_parts, overlap
 from distillm_cli.data.teacher_samples import encode_teacher_samples, read_teacher_samples
 from distillm_cli.data.templates import Renderer, resolve_auto_template
@@ -380,10 +380,7 @@ def _teacher_encoder(recipe: Recipe, pair: Pair, encoder: Encoder, listener: Lis
         end_id=encoder.end_id,
         needs_responses=encoder.needs_responses,
     )
-    own, student = recipe.data_of("teacher"), recipe.data_of("student")
-    names = [name for name in ("template", "chat_template") if getattr(own, name) != getattr(student, name)]
-    described = ", ".join(f"{name} {getattr(own, name)} instead of {getattr(student, name)}" for name in names)
-    listener(Note(f"the teacher sees its own prompts: {described}"))
+    listener(Note(describe_sides(data, recipe.data_of("student"))))
     ends = sorted(end for end in found.end_ids - encoder.end_ids if end < pair.vocab)
     for model in pair.models.values() if ends and data.template in ("auto", "chat") else ():
         add_stop_tokens(model, ends, after=True)
