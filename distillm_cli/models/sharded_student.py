@@ -126,7 +126,7 @@ class ShardedStudent:
                 self._fill(self._copy, torch.Tensor.cpu)
         self.student.model = self._copy
         self.student.adapter = self._copy_adapter
-        self.student.reshard = lambda: None
+        self.student.reshard = None
         self.student.is_to_be_sharded = True
 
     def _without_weights(self) -> nn.Module:

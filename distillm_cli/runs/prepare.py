@@ -242,18 +242,7 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
     longest = chosen(data.max_length)
     _warn_of_longrope(pair, min(longest, context or longest), listener)
 
-    def tokenized(name: str, rows: SequenceOf[Row]) -> Examples:
-        ids = partial(prefetcher.take, name, pair.tokenizer)
-        return tokenize(rows, encoder, encoder.data, listener, context, ids)
-
-    def opened(name: str, rows: SequenceOf[Row]) -> Examples:
-        if isinstance(rows, Rows) and rows.are_stored:
-            return open_tokens(rows, encoder, listener, context)
-        return tokenized(name, rows)
-
-    train = by_source("train", train_rows, opened)
-    valid = by_source("valid", valid_rows, tokenized)
-    prefetcher.close()
+    train, valid = _tokenized((train_rows, valid_rows), prefetcher, encoder, context, listener)
     if teacher_encoder is not None:
         train = with_teacher_prompts(train, teacher_encoder, context, listener, str(train_rows))
         valid = with_teacher_prompts(valid, teacher_encoder, context, listener, str(valid_rows))
@@ -299,6 +288,27 @@ def _read_rows(recipe: Recipe, prefetcher: Prefetcher, listener: Listener) -> tu
         listener(Note(f"{shared:,} of the {rows} {have} the prompt of a training row"))
     _check_held_out(recipe, valid_rows, listener)
     return train_rows, valid_rows, shared
+
+
+def _tokenized(
+    rows: tuple[Rows, Rows], prefetcher: Prefetcher, encoder: Encoder, context: int | None, listener: Listener
+) -> tuple[Examples, Examples]:
+    """Return the training rows and the held-out rows as token ids: prefetched ones, or those of a store."""
+
+    def tokenized(name: str, rows: SequenceOf[Row]) -> Examples:
+        ids = partial(prefetcher.take, name, encoder.tokenizer)
+        return tokenize(rows, encoder, encoder.data, listener, context, ids)
+
+    def opened(name: str, rows: SequenceOf[Row]) -> Examples:
+        if isinstance(rows, Rows) and rows.are_stored:
+            return open_tokens(rows, encoder, listener, context)
+        return tokenized(name, rows)
+
+    train_rows, valid_rows = rows
+    train = by_source("train", train_rows, opened)
+    valid = by_source("valid", valid_rows, tokenized)
+    prefetcher.close()
+    return train, valid
 
 
 def _initial_weights(student: Backbone) -> Callable[[], Mapping[str, torch.Tensor]] | None:
