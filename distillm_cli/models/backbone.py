@@ -425,7 +425,10 @@ class Backbone(nn.Module):
         return {name: state[name] for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Load what `state` returned: of a model that will be distributed without a copy, of a distributed one its part."""
+        """Load what `state` returned.
+
+        A model that will be distributed takes the tensors without a copy, and a distributed one its part of each.
+        """
         if self.reshard is not None:
             self.reshard()
             own = self.model.state_dict()
