@@ -75,17 +75,7 @@ def build_trainer(
         epochs = run.steps / run.order.steps_per_epoch
         objective = objectives.build(None if run.sft else recipe.objective, epochs)
     student_loss = _student_loss(run, objective, teacher, extras, listener)
-    info = RunInfo(
-        steps=run.steps,
-        steps_per_epoch=run.order.steps_per_epoch,
-        method=recipe.method,
-        device=run.device,
-        dtype=run.dtype,
-        pass_overhead=run.pass_overhead,
-        cuts_outputs=recipe.rollout.prefix is not None,
-        identity=lambda: {"recipe": fixed_values(recipe), "inputs": run.inputs},
-    )
-
+    info = _run_info(run)
     sampling = partial(_sampling, student_loss, info)
 
     def save_model(directory: Path) -> None:
@@ -134,6 +124,21 @@ def build_trainer(
             stop_ids=run.student.stop_ids,
         ),
         listener=listener,
+    )
+
+
+def _run_info(run: Prepared) -> RunInfo:
+    """Return what the training loop needs to know of a run."""
+    recipe = run.recipe
+    return RunInfo(
+        steps=run.steps,
+        steps_per_epoch=run.order.steps_per_epoch,
+        method=recipe.method,
+        device=run.device,
+        dtype=run.dtype,
+        pass_overhead=run.pass_overhead,
+        cuts_outputs=recipe.rollout.prefix is not None,
+        identity=lambda: {"recipe": fixed_values(recipe), "inputs": run.inputs},
     )
 
 
