@@ -264,7 +264,7 @@ def decode_in_groups(
 
 
 class _Responses:
-    """Collect the tokens of the rows of a batch while they are decoded, and notice which rows are done.
+    """Collect the tokens of the rows of a batch while they are decoded, and record which rows are done.
 
     token_limits: largest number of new tokens of each row, at least one. stop_ids: tokens that complete a response.
     """

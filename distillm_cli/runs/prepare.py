@@ -242,7 +242,7 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
     longest = chosen(data.max_length)
     _warn_of_longrope(pair, min(longest, context or longest), listener)
 
-    train, valid = _tokenized((train_rows, valid_rows), prefetcher, encoder, context, listener)
+    train, valid = _tokenized(train_rows, valid_rows, prefetcher, encoder, context, listener)
     if teacher_encoder is not None:
         train = with_teacher_prompts(train, teacher_encoder, context, listener, str(train_rows))
         valid = with_teacher_prompts(valid, teacher_encoder, context, listener, str(valid_rows))
@@ -291,7 +291,12 @@ def _read_rows(recipe: Recipe, prefetcher: Prefetcher, listener: Listener) -> tu
 
 
 def _tokenized(
-    rows: tuple[Rows, Rows], prefetcher: Prefetcher, encoder: Encoder, context: int | None, listener: Listener
+    train_rows: Rows,
+    valid_rows: Rows,
+    prefetcher: Prefetcher,
+    encoder: Encoder,
+    context: int | None,
+    listener: Listener,
 ) -> tuple[Examples, Examples]:
     """Return the training rows and the held-out rows as token ids: prefetched ones, or those of a store."""
 
@@ -304,7 +309,6 @@ def _tokenized(
             return open_tokens(rows, encoder, listener, context)
         return tokenized(name, rows)
 
-    train_rows, valid_rows = rows
     train = by_source("train", train_rows, opened)
     valid = by_source("valid", valid_rows, tokenized)
     prefetcher.close()
