@@ -98,8 +98,8 @@ def measure_references(
 ) -> ReferenceResult:
     """Measure a model on the first reference of each row. The models are in evaluation mode and have the same ``vocab``.
 
-    Rows that are longer than ``context``, have a token that one of the models lacks, or earlier answers of other tokens for
-    the teacher, are left out with a warning. Raises DataError if no row is left.
+    Rows are left out with a warning if they are longer than ``context``, have a token that one of the models lacks, or have
+    earlier answers with other tokens for the teacher. Raises DataError if no row is left.
     """
     rows, encoded = answered_sequences(suite, encoder, context)
     sequences = [s for s in encoded if len(s.response) and s.response.max() < model.vocab]
@@ -115,7 +115,7 @@ def measure_references(
     if left_out := len(suite.rows) - len(sequences):
         what = "too long, or no reference of tokens that the models have"
         if teacher is not None and teacher.encoder is not None:
-            what = f"{what}, or other tokens in the teacher's prompt"
+            what = f"{what}, or earlier answers with other tokens in the teacher's prompt"
         listener(Warned(f"{suite.name}: {counted(left_out, 'row')} left out of the perplexity: {what}"))
     where = [rows[s.row].where for s in sequences]
     position = {s.row: i for i, s in enumerate(sequences)}

@@ -76,7 +76,7 @@ def build_trainer(
         objective = objectives.build(None if run.sft else recipe.objective, epochs)
     student_loss = _student_loss(run, objective, teacher, extras, listener)
     info = _run_info(run)
-    sampling = partial(_sampling, student_loss, info)
+    sampling = partial(_sampling_from_student, student_loss, info)
 
     def save_model(directory: Path) -> None:
         run.save_model(directory)
@@ -91,7 +91,7 @@ def build_trainer(
         bulk=recipe.rollout.bulk,
         rows_beside=objective.rows_beside,
         sampling=sampling,
-        teacher_sampling=partial(_teacher_sampling, student_loss, run),
+        teacher_sampling=partial(_sampling_from_teacher, student_loss, run),
     )
     sharding = student_loss.sharding
     validator = Validator(
@@ -143,14 +143,14 @@ def _run_info(run: Prepared) -> RunInfo:
 
 
 @contextmanager
-def _sampling(student_loss: StudentLoss, info: RunInfo) -> Iterator[None]:
+def _sampling_from_student(student_loss: StudentLoss, info: RunInfo) -> Iterator[None]:
     """Sample from the student inside the block, with all of its weights."""
     with eval_mode(student_loss), info.autocast(), student_loss.sharding.whole():
         yield
 
 
 @contextmanager
-def _teacher_sampling(student_loss: StudentLoss, run: Prepared) -> Iterator[None]:
+def _sampling_from_teacher(student_loss: StudentLoss, run: Prepared) -> Iterator[None]:
     """Sample from the teacher inside the block. A teacher that is trained has dropout."""
     with eval_mode(student_loss), run.teacher.on_device():
         yield

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from distillm_cli.config.schema import DataConfig
+from distillm_cli.config.schema import DataConfig, TeacherConfig
 from distillm_cli.data.sources import load_rows
 from distillm_cli.runs.chat_session import open_session
-from distillm_cli.runs.inference import Settings, load_model, resolve_settings
+from distillm_cli.runs.inference import Settings, load_model, resolve_settings, teacher_encoder
 from distillm_cli.training.events import silent
 from tests import chat_models
 from tests.chat_models import CHAT
+from tests.codes import raises_code
 from tests.e2e.test_mixture_runs import assert_same_run, interrupt_at
 
 WORDS = [
@@ -189,5 +190,11 @@ def test_models_of_a_recipe_see_the_prompts_of_their_sides(tmp_path):
     }
     assert texts == {"student": "word\n", "teacher": "word"}
     resolved = resolve_settings("generate", teacher, settings, silent)[0].recipe
-    templates = {model: load_model(model, resolved, silent)[1].template for model in (student, teacher)}
+    loaded = {model: load_model(model, resolved, silent) for model in (student, teacher)}
+    templates = {model: encoder.template for model, (_, encoder) in loaded.items()}
     assert templates == {student: "plain", teacher: "exact"}
+    lost = resolved.model_copy(update={"teacher": TeacherConfig(chat_template="student")})
+    lost = lost.model_copy(update={"data": DataConfig(chat_template="teacher")})
+    encoder = loaded[student][1].with_settings(chat_template="teacher")
+    with raises_code("usage.no_chat_template", "teacher.chat_template = student"):
+        teacher_encoder(encoder, loaded[teacher][0], lost, "chat")

@@ -20,7 +20,7 @@ from distillm_cli.evaluation.likelihood import (
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.training.events import Warned
-from tests import tiny
+from tests import chat_models, tiny
 from tests.codes import raises_code
 
 CPU = torch.device("cpu")
@@ -93,6 +93,27 @@ def test_teacher_sees_its_own_prompts(models):
     compared = ComparedTeacher(teacher, encoder.with_settings(template="exact"))
     found = measure(student, encoder, rows, compared).as_json()
     assert_figures(found, expected_figures(student, teacher, lambda prompt: (f"{prompt}\n", prompt)))
+
+
+def test_conversations_with_other_answers_for_the_teacher_are_left_out():
+    tokenizer = chat_models.tokenizer(chat_models.CHAT)
+    model = Backbone(tiny.model("llama", len(tokenizer)), tokenizer)
+    model.model.eval()
+    encoder = Encoder(tokenizer, DataConfig(template="chat"))
+    first = [{"role": "user", "content": "one"}]
+    talk = [*first, {"role": "assistant", "content": "two"}, {"role": "user", "content": "six"}]
+    rows = [Row(messages=messages, references=("ten",), where="t") for messages in (first, talk)]
+    marked = chat_models.CHAT.replace(
+        "{{ m.content or '' }}", "{% if loop.index0 < last %}!{% endif %}{{ m.content or '' }}"
+    )
+    other = encoder.with_chat_template(marked)  # writes a mark before earlier answers
+    events = []
+    for seen, expected in ((encoder, 2), (other, 1)):
+        compared = ComparedTeacher(model, seen)
+        found = measure(model, encoder, Suite("words", rows, "t"), compared, context=64, listener=events.append)
+        assert found.as_json()["rows"] == expected
+    (warning,) = (event.text for event in events if isinstance(event, Warned))
+    assert "1 row left out" in warning
 
 
 def test_model_agrees_with_itself(models):
