@@ -11,10 +11,11 @@ import typer
 
 from distillm_cli.cli import options
 from distillm_cli.cli.options import FieldFlags, command
-from distillm_cli.cli.streams import print_error, write_stdout
+from distillm_cli.cli.streams import print_error
 from distillm_cli.cli.usage import check_sampling_inputs
 from distillm_cli.config.shortcuts import MODELS_PANEL
 from distillm_cli.errors import CtrlC, DataError, UsageError
+from distillm_cli.utils.stdout import write_stdout
 
 if TYPE_CHECKING:
     from distillm_cli.runs.chat_session import ChatSession
@@ -128,7 +129,6 @@ def _answer(session: ChatSession, text: str) -> None:
     if not terminal.is_interactive:
         *_, answers = session.answer(text)
         write_stdout(answer_lines(answers))
-        sys.stdout.flush()
         return
     # A live display is as high as the terminal at most, so the complete answers are printed after it.
     with suppress(CtrlC), Live(console=terminal, transient=True) as live:

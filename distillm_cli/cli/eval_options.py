@@ -41,7 +41,7 @@ class AnalysisFlags:
         options.named(
             "--teacher",
             "PATH|NAME",
-            "Measure KL to this model both ways and the agreement of the top token, on the references.",
+            "Measure KL in both directions and top-token agreement with this model, on the references.",
             ANALYSIS_PANEL,
         ),
     ] = None
@@ -92,7 +92,9 @@ class AnalysisFlags:
     rescore: Annotated[
         bool,
         options.switch(
-            "--rescore", "Score again what has results of the same weights, rows and settings.", options.OUTPUT_PANEL
+            "--rescore",
+            "Score again, even if results of the same weights, rows and settings exist.",
+            options.OUTPUT_PANEL,
         ),
     ] = False
 

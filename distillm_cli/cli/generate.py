@@ -12,6 +12,7 @@ from distillm_cli.cli.options import FieldFlags, command
 from distillm_cli.cli.usage import check_sampling_inputs
 from distillm_cli.config.shortcuts import MODELS_PANEL, SAMPLING_PANEL
 from distillm_cli.errors import UsageError
+from distillm_cli.utils.stdout import write_rows
 
 if TYPE_CHECKING:
     from distillm_cli.data.rows import Split
@@ -171,7 +172,7 @@ def generate(
     from distillm_cli.runs.inference import Settings
     from distillm_cli.runs.run_results import Generated
     from distillm_cli.training.events import Event
-    from distillm_cli.ui.console import console, write_rows
+    from distillm_cli.ui.console import console
 
     settings = Settings(recipe, flags, sets)
     with console(json_mode=reporting.json, quiet=reporting.quiet) as ui:

@@ -9,8 +9,8 @@ import typer
 import distillm_cli
 from distillm_cli.cli import options
 from distillm_cli.cli.options import command
-from distillm_cli.cli.streams import write_json, write_stdout
 from distillm_cli.errors import UsageError
+from distillm_cli.utils.stdout import write_json, write_stdout
 
 FieldName = Annotated[
     str,

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distillm_cli.cli import options
-from distillm_cli.cli.streams import write_json
 from distillm_cli.errors import UsageError
+from distillm_cli.utils.stdout import write_json, write_stdout
 
 if TYPE_CHECKING:
     from distillm_cli.config.load import Resolved
@@ -57,8 +57,7 @@ def list_methods(ctx: typer.Context, as_json: options.Json = False, debug: optio
             table.add_row(f"[cyan]{name}[/]", *cells)
         Console().print(table)
     else:
-        for row in rows:
-            print(*_cells(row), sep="\t")
+        write_stdout("".join("\t".join(_cells(row)) + "\n" for row in rows))
 
 
 @methods_app.command("show", cls=options.PlainCommand)
@@ -81,7 +80,7 @@ def show_method(name: MethodName, as_json: options.Json = False, debug: options.
     if as_json:
         write_json({"command": "methods show", "status": "ok", "method": facts})
     else:
-        sys.stdout.writelines(f"{line}\n" for line in _page(facts))
+        write_stdout("".join(f"{line}\n" for line in _page(facts)))
 
 
 def _facts(method: Method) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import typer
 
 from distillm_cli.cli import options
 from distillm_cli.cli.options import command
-from distillm_cli.cli.streams import print_error, write_json, write_stdout
+from distillm_cli.cli.streams import print_error
 from distillm_cli.errors import RecipeError, UsageError
+from distillm_cli.utils.stdout import write_json, write_stdout
 
 recipes_app = typer.Typer(
     cls=options.PlainGroup,
@@ -53,8 +54,7 @@ def list_recipes(as_json: options.Json = False, debug: options.Debug = False) ->
             table.add_row(f"[cyan]{row['name']}[/]", f"{row['summary']}\n[dim]{row['run']}[/]")
         Console().print(table)
     else:
-        for row in rows:
-            print(row["name"], row["summary"], row["run"], sep="\t")
+        write_stdout("".join(f"{row['name']}\t{row['summary']}\t{row['run']}\n" for row in rows))
 
 
 @recipes_app.command("show", cls=options.PlainCommand)

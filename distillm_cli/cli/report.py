@@ -94,10 +94,10 @@ def show_report(
     """
     from pathlib import Path
 
-    from distillm_cli.cli.streams import write_stdout
     from distillm_cli.runs.report_runs import ReportOptions, report_runs
     from distillm_cli.ui.console import console
     from distillm_cli.ui.report_tables import report_csv, report_markdown, report_tables
+    from distillm_cli.utils.stdout import write_stdout
 
     if csv + md + json > 1:
         what = "--csv, --md and --json are mutually exclusive"

@@ -9,7 +9,7 @@ import typer
 
 from distillm_cli.cli import options
 from distillm_cli.cli.options import command
-from distillm_cli.cli.streams import write_stdout
+from distillm_cli.utils.stdout import write_json, write_stdout
 
 PIPELINE_PANEL = "Pipeline"
 
@@ -87,7 +87,7 @@ def run_stages(
     """
     from distillm_cli.config.pipeline_recipe import load_pipeline
     from distillm_cli.runs.defaults import fitted_pipeline
-    from distillm_cli.ui.console import console, print_json
+    from distillm_cli.ui.console import console
 
     pipeline = fitted_pipeline(load_pipeline(recipe, sets or ()))
     place = Path(output) if output else Path("runs") / pipeline.name
@@ -103,7 +103,7 @@ def run_stages(
             | {"recipe": stage.config.model_dump(mode="json") | stage.resolved.recipe.model_dump(mode="json")}
             for stage in pipeline.stages
         }
-        print_json({"command": "run", "status": "ok", "output": str(place), "stages": stages})
+        write_json({"command": "run", "status": "ok", "output": str(place), "stages": stages})
         return
     with console(json_mode=reporting.json, quiet=reporting.quiet) as ui:
         from distillm_cli.runs.pipeline import run_pipeline

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from distillm_cli.cli import options
 from distillm_cli.cli.options import command
-from distillm_cli.cli.streams import write_stdout
 from distillm_cli.config.shortcuts import MODELS_PANEL, Flag
+from distillm_cli.utils.stdout import write_stdout
 
 _ROLES = ("rollouts", "teacher")
 
@@ -79,5 +78,4 @@ def serve(
                 write_stdout(f"{found.line}\n")
             ui.result(found.as_json())
     if start:
-        sys.stdout.flush()
         found.start()

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from distillm_cli.errors import DistillmError, typed_options
-from distillm_cli.utils.signals import raise_delayed
 from distillm_cli.utils.storage import discard_stdout
 from distillm_cli.utils.text import printable
 
@@ -97,20 +96,6 @@ def print_error(message: str, kind: str = "error") -> None:
     """Print the line of an error, or of a warning, on stderr."""
     with suppress(OSError):
         print(f"{kind}: {printable(shortened(message, LONGEST_ERROR))}", file=sys.stderr)
-
-
-def write_json(value: dict[str, Any]) -> None:
-    """Write an object as one line of ASCII to stdout, for any locale."""
-    write_stdout(json.dumps(value) + "\n")
-
-
-def write_stdout(text: str) -> None:
-    """Write text to stdout: unchanged to files and pipes, without control characters to a terminal.
-
-    Raises the interrupt that arrived during an import, so that a result and an error are never printed both.
-    """
-    raise_delayed()
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
 
 
 def shortened(text: str, length: int) -> str:

@@ -9,6 +9,7 @@ from distillm_cli.cli import options
 from distillm_cli.cli.options import FieldFlags, command
 from distillm_cli.config.shortcuts import METHOD_PANEL
 from distillm_cli.errors import UsageError
+from distillm_cli.utils.stdout import write_json, write_stdout
 
 WarmTeacherCache = Annotated[
     bool,
@@ -115,16 +116,13 @@ def launch(
 ) -> None:
     """Resolve the recipe, then print it (``--dry-run``), warm the teacher cache, or train."""
     from distillm_cli.api import check_training, resolve_training, train_recipe
-    from distillm_cli.cli.streams import write_stdout
     from distillm_cli.config.load import to_yaml
 
     output = chosen.output
     resolved = resolve_training(verb, chosen.recipe, fields, chosen.sets, output=output, resume=chosen.resume)
     if chosen.dry_run:
         if chosen.json:
-            from distillm_cli.ui.console import print_json
-
-            print_json({"command": verb, "status": "ok", "recipe": resolved.recipe.model_dump(mode="json")})
+            write_json({"command": verb, "status": "ok", "recipe": resolved.recipe.model_dump(mode="json")})
         else:
             write_stdout(to_yaml(resolved))
         return

@@ -6,7 +6,7 @@ recipe, the preset of that method overrides the recipe's objective and sequences
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
@@ -200,13 +200,17 @@ def resolve_layers(
             if validated is None:
                 return None
         if noted_keys := dropped - unused_shared:
-            keys = ", ".join(key for key in leaves() if key in noted_keys)
-            run = f"method {validated.method}, objective {validated.objective.divergence}"
-            run += f", schedule {validated.schedule.kind}"
-            run += f", data {validated.data.title}" if any(key.startswith("data.") for key in noted_keys) else ""
-            notes = (f"{label or name}: ignored, since this run ({run}) does not use them: {keys}",)
+            notes = (f"{label or name}: {_describe_ignored(validated, noted_keys)}",)
     origin = {key: given[key].origin if key in given else "default" for key in leaves() if has_field(validated, key)}
     return Resolved(validated, origin, overridden, notes, name)
+
+
+def _describe_ignored(recipe: Recipe, ignored: Collection[str]) -> str:
+    """Return which keys of a recipe this run ignores, and why."""
+    run = f"method {recipe.method}, objective {recipe.objective.divergence}, schedule {recipe.schedule.kind}"
+    run += f", data {recipe.data.title}" if any(key.startswith("data.") for key in ignored) else ""
+    keys = ", ".join(key for key in leaves() if key in ignored)
+    return f"ignored, since this run ({run}) does not use them: {keys}"
 
 
 def with_resolved_values(resolved: Resolved, values: Mapping[str, tuple[Any, str]]) -> Resolved:

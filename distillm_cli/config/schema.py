@@ -83,6 +83,7 @@ else:
 AUTO: Final = "auto"  # for a number: it is chosen to fit the models before the run (runs/defaults.py)
 Auto = Literal["auto"]
 AttackName = Literal["none", "fgsm", "pgd"]
+ModelSide = Literal["teacher", "student"]
 Template = Literal["auto", "alpaca", "chat", "plain", "exact"]
 PrefixRange = Annotated[str, Field(pattern=r"^[1-9][0-9]*->[1-9][0-9]*$", examples=["64->256"])]
 _Number = TypeVar("_Number", int, float)
@@ -771,7 +772,7 @@ class Recipe(Section):
         fine_tunes = self.method == "sft" or self.student.sft_epochs > 0 or self.student.ptp > 0
         return fine_tunes or self.schedule.uses_rows or self.objective.row_weight > 0
 
-    def data_of(self, side: Literal["teacher", "student"]) -> DataConfig:
+    def data_of(self, side: ModelSide) -> DataConfig:
         """Return the data section as one side sees it: with the templates of ``teacher`` or ``student``, if they are set."""
         own = self.teacher if side == "teacher" else self.student
         given = {"template": own.template, "chat_template": own.chat_template}

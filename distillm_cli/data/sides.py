@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.batching import Examples
 from distillm_cli.data.encoder import Encoded, Encoder
 from distillm_cli.data.row_store import pick
@@ -48,7 +49,7 @@ def with_teacher_prompts(
             seen = outcome.sequence
             if len(seen.prompt) + len(own.response) > encoder.limit(context):
                 continue
-            if not _are_aligned(own, seen):
+            if not are_aligned(own, seen):
                 unaligned += 1
                 continue
             kept.append(i)
@@ -75,7 +76,14 @@ def with_teacher_prompts(
     )
 
 
-def _are_aligned(own: Sequence, seen: Sequence) -> bool:
+def describe_sides(teacher: DataConfig, student: DataConfig) -> str:
+    """Return how the teacher's prompts differ from the student's: "template plain instead of exact"."""
+    names = [name for name in ("template", "chat_template") if getattr(teacher, name) != getattr(student, name)]
+    described = ", ".join(f"{name} {getattr(teacher, name)} instead of {getattr(student, name)}" for name in names)
+    return f"the teacher sees its own prompts: {described}"
+
+
+def are_aligned(own: Sequence, seen: Sequence) -> bool:
     """Return whether both prompts supervise the same tokens. The tokens that end their answers may differ."""
     if own.turns is None or seen.turns is None:
         return own.turns is seen.turns

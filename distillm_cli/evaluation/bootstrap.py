@@ -18,7 +18,7 @@ from distillm_cli.evaluation.predictions import PassSums, mean_and_sd
 RESAMPLES = 9999
 LEVEL = 0.95
 _SEED = 10
-_COUNTS = 10**7  # at once
+_COUNTS = 10**7  # counts of rows in memory at once
 FigureOfSums = Callable[[np.ndarray], np.ndarray]
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,18 @@ from torch import Tensor
 
 from distillm_cli import plugins
 from distillm_cli.data.batching import batches_by_length
-from distillm_cli.data.encoder import Encoder
+from distillm_cli.data.encoder import Encoded, Encoder
+from distillm_cli.data.rows import Row
+from distillm_cli.data.sides import are_aligned
 from distillm_cli.errors import DataError
 from distillm_cli.evaluation.results import load_summary, write_results
-from distillm_cli.evaluation.suites import Suite, answered_sequences
+from distillm_cli.evaluation.suites import Suite, answered_sequences, unlimited
 from distillm_cli.losses.fused import target_log_probs, token_divergences
 from distillm_cli.losses.plain import top_tokens
-from distillm_cli.teachers.local import LanguageModel
+from distillm_cli.teachers.local import LanguageModel, LocalTeacher
 from distillm_cli.training.distributed import in_first_process
 from distillm_cli.training.events import Listener, Progress, Warned, silent
-from distillm_cli.types import Batch, collate
+from distillm_cli.types import Batch, Sequence, TeacherPrompt, collate
 from distillm_cli.utils.text import counted
 
 DIRECTORY = "references"  # of the results of a suite
@@ -73,13 +76,21 @@ class ReferenceResult:
             yield {"where": where, "tokens": int(self.tokens[i]), **sums}
 
 
+@dataclass(frozen=True)
+class ComparedTeacher:
+    """Hold a teacher to compare a model with. encoder: of the prompts that it sees; None if they are the model's."""
+
+    model: LanguageModel
+    encoder: Encoder | None = None
+
+
 @torch.no_grad()
 def measure_references(
     model: LanguageModel,
     encoder: Encoder,
     suite: Suite,
     *,
-    teacher: LanguageModel | None = None,
+    teacher: ComparedTeacher | None = None,
     context: int | None,
     device: torch.device,
     batch_size: int,
@@ -87,11 +98,13 @@ def measure_references(
 ) -> ReferenceResult:
     """Measure a model on the first reference of each row. The models are in evaluation mode and have the same ``vocab``.
 
-    Rows that are longer than ``context``, or have a token that one of the models lacks, are left out with a warning.
-    Raises DataError if no row is left.
+    Rows are left out with a warning if they are longer than ``context``, have a token that one of the models lacks, or have
+    earlier answers with other tokens for the teacher. Raises DataError if no row is left.
     """
     rows, encoded = answered_sequences(suite, encoder, context)
     sequences = [s for s in encoded if len(s.response) and s.response.max() < model.vocab]
+    if teacher is not None and teacher.encoder is not None:
+        sequences = _with_teacher_prompts(sequences, rows, teacher.encoder, context)
     if not sequences:
         raise DataError(
             "data.no_references",
@@ -101,6 +114,8 @@ def measure_references(
         )
     if left_out := len(suite.rows) - len(sequences):
         what = "too long, or no reference of tokens that the models have"
+        if teacher is not None and teacher.encoder is not None:
+            what = f"{what}, or earlier answers with other tokens in the teacher's prompt"
         listener(Warned(f"{suite.name}: {counted(left_out, 'row')} left out of the perplexity: {what}"))
     where = [rows[s.row].where for s in sequences]
     position = {s.row: i for i, s in enumerate(sequences)}
@@ -109,7 +124,7 @@ def measure_references(
     done = 0
     for batch_rows in batches_by_length(sequences, batch_size):
         batch = collate(batch_rows).to(device)
-        found = _token_values(model, teacher, batch)
+        found = _token_values(model, None if teacher is None else teacher.model, batch, batch_rows)
         index = np.array([position[s.row] for s in batch_rows])[batch.rows_N.cpu().numpy()]
         np.add.at(tokens, index, 1)
         for name, values_N in found.items():
@@ -120,14 +135,31 @@ def measure_references(
     return ReferenceResult(suite, where, tokens, sums)
 
 
-def _token_values(model: LanguageModel, teacher: LanguageModel | None, batch: Batch) -> dict[str, Tensor]:
-    """Return the values of each response token [N], by name."""
+def _with_teacher_prompts(
+    sequences: SequenceOf[Sequence], rows: SequenceOf[Row], encoder: Encoder, context: int | None
+) -> list[Sequence]:
+    """Return the sequences with the prompts that the teacher sees, without those that do not fit its side."""
+    encoder = unlimited(encoder, context)
+    found = []
+    for own, outcome in zip(sequences, encoder.encode([rows[s.row] for s in sequences]), strict=True):
+        if not isinstance(outcome, Encoded) or not are_aligned(own, outcome.sequence):
+            continue
+        seen = outcome.sequence
+        if len(seen.prompt) + len(own.response) <= encoder.limit(context):
+            found.append(replace(own, teacher_prompt=TeacherPrompt(seen.prompt, seen.turns)))
+    return found
+
+
+def _token_values(
+    model: LanguageModel, teacher: LanguageModel | None, batch: Batch, rows: SequenceOf[Sequence]
+) -> dict[str, Tensor]:
+    """Return the values of each response token [N] of a batch of rows, by name."""
     hidden_ND = model.hidden(batch)
     head = model.head()
     values = {LOSS: -target_log_probs(hidden_ND, head, batch.targets_N)}
     if teacher is None:
         return values
-    teacher_ND = teacher.hidden(batch)
+    teacher_ND = teacher.hidden(LocalTeacher.seen(batch, rows))
     teacher_head = teacher.head()
     values[TEACHER_LOSS] = -target_log_probs(teacher_ND, teacher_head, batch.targets_N)
     for name, divergence in ((KL_TEACHER_STUDENT, "kl"), (KL_STUDENT_TEACHER, "rkl")):

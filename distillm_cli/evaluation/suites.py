@@ -75,10 +75,14 @@ def answered_sequences(suite: Suite, encoder: Encoder, context: int | None) -> t
 
     The response is the first reference. ``Sequence.row`` is the index in the returned rows.
     """
-    limit = context or _NO_LIMIT
-    encoder = encoder.with_settings(max_length=limit, max_prompt_length=limit, too_long="drop")
     rows = [row for row in suite.rows if row.is_answered]
-    return rows, [found for found in encoder.sequences(rows, context=context) if isinstance(found, Sequence)]
+    return rows, [found for found in unlimited(encoder, context).sequences(rows) if isinstance(found, Sequence)]
+
+
+def unlimited(encoder: Encoder, context: int | None) -> Encoder:
+    """Return an encoder with no other limit than a model's context. Rows that do not fit are dropped."""
+    limit = context or _NO_LIMIT
+    return encoder.with_settings(max_length=limit, max_prompt_length=limit, too_long="drop")
 
 
 def load_suites(recipe: Recipe, listener: Listener = silent) -> list[Suite]:

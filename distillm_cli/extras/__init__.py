@@ -51,7 +51,7 @@ def build_extras(
         )
     if teacher is None:
         return extras
-    if recipe.okd.rank is not None and teacher is not None:
+    if recipe.okd.rank is not None:
         from distillm_cli.extras.okd import OKD
 
         extras["okd"] = OKD(teacher, recipe.okd, seed=seed)

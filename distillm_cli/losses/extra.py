@@ -54,8 +54,8 @@ class StudentPass:
 
     hidden_ND: the student's states at the supervised positions, with their graph. teacher_hidden_ND: the teacher's, with
     a graph if it is trained; None if the objective does not need them. weights: of the objective. scale: 1 / the step's
-    count of tokens. drawn: what ``begin_step`` returned for this micro-batch. shares_N: 1/n for a token of a response of n
-    tokens, with ``reduction: sequence``; None if every token has the same weight.
+    count of tokens. shares_N: 1/n for a token of a response of n tokens, with ``reduction: sequence``; None if every token
+    has the same weight. drawn: what the extra's ``begin_step`` returned for this micro-batch.
     """
 
     student: LanguageModel
@@ -66,8 +66,8 @@ class StudentPass:
     teacher_hidden_ND: Tensor | None
     weights: LossWeights
     scale: float
-    drawn: Any
     shares_N: Tensor | None = None
+    drawn: Any = None
 
 
 class Extra(nn.Module):

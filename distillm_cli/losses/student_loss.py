@@ -171,7 +171,6 @@ class StudentLoss(nn.Module):
             shares_N = torch.cat([sequence_shares(batch, self.criterion.selection) for batch in batches])
             weights_N = token_weights.weights_N
             token_weights = replace(token_weights, weights_N=shares_N if weights_N is None else shares_N * weights_N)
-        targets_N = torch.cat([batch.targets_N for batch in batches])
         extras = self.extras if self.training else {}
         for extra in extras.values():
             weights = extra.student_weights(weights, source)
@@ -180,46 +179,53 @@ class StudentLoss(nn.Module):
         hidden_ND, balance = self._hidden(batches)
         if self.training and self.observe is not None:
             self.observe(hidden_ND.detach(), None if teacher_hidden_ND is None else teacher_hidden_ND.detach())
+        done = StudentPass(
+            student=self.student,
+            source=source,
+            batches=batches,
+            hidden_ND=hidden_ND,
+            targets_N=torch.cat([batch.targets_N for batch in batches]),
+            teacher_hidden_ND=teacher_hidden_ND,
+            weights=weights,
+            scale=scale,
+            shares_N=shares_N,
+        )
         total = torch.zeros((), device=hidden_ND.device)
         if self.criterion.has_loss or not self.training:
-            constant_ND = teacher_hidden_ND.detach() if weights.kd and teacher_hidden_ND is not None else None
-            tokens = hidden_ND, targets_N, constant_ND, token_weights
-            if self.training and self.criterion.selection is not None:
-                tokens = self._selected(self.criterion.selection, batches, tokens, weights)
-            total = fused_loss(
-                tokens[0],
-                self.student.head(),
-                tokens[1],
-                weights=weights,
-                teacher_hidden_ND=tokens[2],
-                teacher_head=self._teacher_head() if weights.kd else None,
-                token_weights=tokens[3],
-                matmul_dtype=self.matmul_dtype,
-                chunk=self.chunk,
-                on_halved=self._remember_chunk,
-                scale=scale,
-                kernel=self.kernel,
-            )
+            total = self._objective_loss(done, token_weights)
         if balance is not None:
             total = total + balance * (self.router_aux * scale)
         for name, extra in extras.items():
-            done = StudentPass(
-                student=self.student,
-                source=source,
-                batches=batches,
-                hidden_ND=hidden_ND,
-                targets_N=targets_N,
-                teacher_hidden_ND=teacher_hidden_ND,
-                weights=weights,
-                scale=scale,
-                drawn=(drawn or {}).get(name),
-                shares_N=shares_N,
-            )
-            own = extra.loss(done)
+            own = extra.loss(replace(done, drawn=(drawn or {}).get(name)))
             if own is not None:
                 # The teacher's loss has its gradient in the sum, but not its value, which is the student's.
                 total = total + (own - own.detach() if extra.trains_teacher else own)
-        return total, torch.tensor(targets_N.shape[0], device=total.device)
+        return total, torch.tensor(len(done.targets_N), device=total.device)
+
+    def _objective_loss(self, done: StudentPass, token_weights: TokenWeights) -> Tensor:
+        """Return the objective's loss of a micro-batch with its graph, in training over the selected tokens."""
+        weights = done.weights
+        teacher_hidden_ND = None
+        if weights.kd and done.teacher_hidden_ND is not None:
+            teacher_hidden_ND = done.teacher_hidden_ND.detach()
+        tokens = done.hidden_ND, done.targets_N, teacher_hidden_ND, token_weights
+        if self.training and self.criterion.selection is not None:
+            tokens = self._selected(self.criterion.selection, done.batches, tokens, weights)
+        hidden_ND, targets_N, teacher_hidden_ND, token_weights = tokens
+        return fused_loss(
+            hidden_ND,
+            self.student.head(),
+            targets_N,
+            weights=weights,
+            teacher_hidden_ND=teacher_hidden_ND,
+            teacher_head=self._teacher_head() if weights.kd else None,
+            token_weights=token_weights,
+            matmul_dtype=self.matmul_dtype,
+            chunk=self.chunk,
+            on_halved=self._remember_chunk,
+            scale=done.scale,
+            kernel=self.kernel,
+        )
 
     def _hidden(self, batches: SequenceOf[Batch]) -> tuple[Tensor, Tensor | None]:
         """Return the student's states, and in training the routers' auxiliary loss if its weight is not 0.

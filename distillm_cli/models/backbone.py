@@ -119,7 +119,7 @@ class Backbone(nn.Module):
         self.model = model
         self.adapter: Adapter | None = None
         self.router_loss: RouterLoss | None = None  # set by `router.set_router_loss`
-        self.reshard: Callable[[], None] = _do_nothing  # set by `ShardedStudent`: drops gathered weights
+        self.reshard: Callable[[], None] | None = None  # drops gathered weights, while the model is distributed
         self.training = model.training
         self.tokenizer = tokenizer
         self.vocab = vocabulary_size(tokenizer) if vocab is None else vocab
@@ -425,10 +425,14 @@ class Backbone(nn.Module):
         return {name: state[name] for name, weight in self.model.named_parameters() if weight.requires_grad}
 
     def load_state(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Load what `state` returned: of a model that will be distributed without a copy, of a distributed one its part."""
-        self.reshard()
-        own = self.model.state_dict()
-        state = {name: like(value, own.get(name)) for name, value in state.items()}
+        """Load what `state` returned.
+
+        A model that will be distributed takes the tensors without a copy, and a distributed one its part of each.
+        """
+        if self.reshard is not None:
+            self.reshard()
+            own = self.model.state_dict()
+            state = {name: like(value, own.get(name)) for name, value in state.items()}
         load = partial(assign_state, self.model) if self.is_to_be_sharded else self.model.load_state_dict
         absent, unknown = load(state, strict=self.adapter is None)
         if unknown or set(absent) & self.state().keys():
@@ -441,7 +445,8 @@ class Backbone(nn.Module):
         Tensors are swapped one by one, so that no second copy of all of them is needed. A tensor with two names, such
         as a tied head, is stored under the first.
         """
-        self.reshard()
+        if self.reshard is not None:
+            self.reshard()
         tensors, swapped = self.model.state_dict(keep_vars=True), set()  # the same object under both names
         for name in self.state():
             live = tensors[name]

@@ -13,10 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distillm_cli.config import schema
 from distillm_cli.config.student_spec import (
     ConfigFile,
-    RandomModel,
     SharedLayers,
     TeacherLayers,
-    TeacherWidth,
     parse_student,
 )
 from distillm_cli.errors import ModelError, UsageError
@@ -357,7 +355,20 @@ def create_student(
     `load_pair`. max_length: tokens of the longest example, which sizes the context of a model built without a teacher.
     seed: of random weights.
     """
-    backbone = _student_model(student, seed, device, teacher, texts, tokenizer, tokenizers, max_length, listener)
+    path = student.path
+    if path is None:
+        raise UsageError(
+            "usage.no_model",
+            "no model to train",
+            hint="pass --student PATH, or --student random:4x256 to start from scratch",
+        )
+    tokenizer = tokenizer or _configured_tokenizer(student, texts)
+    check_has_teacher(path, parse_student(path), teacher)
+    if student.is_built:
+        backbone = _built_student(student, teacher, tokenizer, seed=seed, max_length=max_length)
+        backbone.model.to(device or torch.device("cpu"))
+    else:
+        backbone = _loaded_student(student, device, teacher, tokenizer, tokenizers, listener)
     if frozen := freeze_rest(backbone.model):
         kind = backbone.model.config.model_type
         listener(Note(f"{kind}: the text model is trained; {frozen:,} other weights are frozen"))
@@ -396,43 +407,21 @@ def _report_adapter(backbone: Backbone, listener: Listener) -> None:
         )
 
 
-def _student_model(
+def _built_student(
     student: schema.StudentConfig,
-    seed: int,
-    device: torch.device | None,
     teacher: Backbone | None,
-    texts: TrainingTexts | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    tokenizers: TokenizerCache | None,
+    *,
+    seed: int,
     max_length: int,
-    listener: Listener,
 ) -> Backbone:
-    """Return the model without a new adapter. A loaded adapter is kept if it is to be trained."""
-    path = student.path
-    is_mapped = device is None and student.lora.r is None  # peft rounds a new adapter to the dtype of the weights
-    device = device or torch.device("cpu")
-    if path is None:
-        raise UsageError(
-            "usage.no_model",
-            "no model to train",
-            hint="pass --student PATH, or --student random:4x256 to start from scratch",
-        )
-    tokenizer = tokenizer or _configured_tokenizer(student, texts)
+    """Return a student with random weights or with layers of the teacher. tokenizer: None for the teacher's."""
+    path = student.required_path
     spec = parse_student(path)
-    check_has_teacher(path, spec, teacher)
     if isinstance(spec, TeacherLayers | SharedLayers):
         with quiet():
             model = build_from_layers(path, teacher, dropout=student.dropout)
-        return Backbone(model.to(device), tokenizer or teacher.tokenizer)
-    if isinstance(spec, RandomModel | TeacherWidth):
-        config = None if teacher is None else teacher.model.config
-        tokenizer = tokenizer or _teacher_tokenizer(teacher, path)
-        with quiet():
-            model = build_random(
-                path, tokenizer, teacher_config=config, max_length=max_length, seed=seed, dropout=student.dropout
-            )
-        _append_eos_to_prompts(student, model, tokenizer)
-        return Backbone(model.to(device), tokenizer)
+        return Backbone(model, tokenizer or teacher.tokenizer)
     if isinstance(spec, ConfigFile):
         file = Path(path).expanduser()
         if not file.is_file():
@@ -444,8 +433,32 @@ def _student_model(
         with quiet():
             model = build_from_config(config, tokenizer, seed=seed, dropout=student.dropout, where=path)
         check_causal(path, model)
-        _append_eos_to_prompts(student, model, tokenizer)
-        return Backbone(model.to(device), tokenizer)
+    else:
+        config = None if teacher is None else teacher.model.config
+        tokenizer = tokenizer or _teacher_tokenizer(teacher, path)
+        with quiet():
+            model = build_random(
+                path, tokenizer, teacher_config=config, max_length=max_length, seed=seed, dropout=student.dropout
+            )
+    _append_eos_to_prompts(student, model, tokenizer)
+    return Backbone(model, tokenizer)
+
+
+def _loaded_student(
+    student: schema.StudentConfig,
+    device: torch.device | None,
+    teacher: Backbone | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizers: TokenizerCache | None,
+    listener: Listener,
+) -> Backbone:
+    """Load a student's weights, without a new adapter. A loaded adapter is kept if it is to be trained.
+
+    device, tokenizers: as in ``create_student``. tokenizer: None for its own, or for the teacher's if it has none.
+    """
+    path = student.required_path
+    is_mapped = device is None and student.lora.r is None  # peft rounds a new adapter to the dtype of the weights
+    device = device or torch.device("cpu")
     if tokenizer is None and teacher is not None:
         adapters, base, _ = adapter_chain(path, student.revision)
         locations = [*((adapter.name, adapter.local) for adapter in adapters), locate_model(base)]

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -119,19 +120,29 @@ class Sizes:
         return self.parameters["trainable"] / max(1, self.parameters["total"])
 
 
-def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
-    """Count a model. vocab: number of token ids in the loss; None: the rows of the head."""
-    config = model.config.get_text_config()
+class _WeightCounts(NamedTuple):
+    """Hold numbers of weights: by part, and those that a token meets in matrix products.
+
+    matmul: of a causal model or a decoder. encoder_matmul: of an encoder. repeated: of ``matmul``, in layers that share
+    weights.
+    """
+
+    parts: dict[str, int]
+    matmul: int
+    encoder_matmul: int
+    repeated: int
+
+
+def _count_weights(model: PreTrainedModel, head: torch.Tensor | None) -> _WeightCounts:
+    """Count the weights of a model, each once, and once for each pass in matrix products. head: the head's matrix."""
     tables = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    head = model.get_output_embeddings()
-    weight = None if head is None else head.weight
     parts = dict.fromkeys(("embeddings", "trunk", "head", "outside"), 0)
     text = {id(p) for _, p in text_parameters(model)}
     encoder_ids = set()
     if model.config.is_encoder_decoder:
         encoder_ids = {id(p) for p in model.get_encoder().parameters()}
     matmul, encoder_matmul, repeated = 0, 0, 0
-    chosen, experts = expert_counts(config)
+    chosen, experts = expert_counts(model.config.get_text_config())
     seen: set[int] = set()
 
     def in_products(parameter: nn.Parameter) -> int:
@@ -142,7 +153,7 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
     for _, parameter in model.named_parameters(remove_duplicate=False):  # a shared layer has a product in each pass
         n = parameter.numel()
         if id(parameter) in seen:
-            again = 0 if id(parameter) in tables or parameter is weight else in_products(parameter)
+            again = 0 if id(parameter) in tables or parameter is head else in_products(parameter)
             matmul += again
             repeated += again
             continue
@@ -151,7 +162,7 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
             parts["outside"] += n
         elif id(parameter) in tables:
             parts["embeddings"] += n
-        elif parameter is weight:
+        elif parameter is head:
             parts["head"] += n
         else:
             parts["trunk"] += n
@@ -160,6 +171,15 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
                 encoder_matmul += met
             else:
                 matmul += met
+    return _WeightCounts(parts, matmul, encoder_matmul, repeated)
+
+
+def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
+    """Count a model. vocab: number of token ids in the loss; None: the rows of the head."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    weight = None if head is None else head.weight
+    counts = _count_weights(model, weight)
     every = list(model.parameters())
     layers = decoder_depth(config)
     width = getattr(config, "hidden_size", 1)
@@ -169,7 +189,7 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
     if model.config.is_encoder_decoder:
         encoder = EncoderSizes(
             layers=getattr(config, "num_hidden_layers", 1),
-            matmul=encoder_matmul,
+            matmul=counts.encoder_matmul,
             cross_attention=layers * 2 * width * attention,
         )
     adapters = [module for module in model.modules() if hasattr(module, "lora_A")]
@@ -180,13 +200,13 @@ def sizes(model: PreTrainedModel, vocab: int | None = None) -> Sizes:
         context=context_of(config),
         vocab=vocab or (width if weight is None else weight.shape[0]),
         head_in=width if weight is None else weight.shape[1],
-        matmul=matmul,
+        matmul=counts.matmul,
         attention=attention,
         kv=(getattr(config, "num_key_value_heads", None) or heads) * (attention // heads),
-        repeated=repeated,
+        repeated=counts.repeated,
         dropout_heads=heads if any(getattr(config, name, None) for name in ATTENTION_DROPOUT_FIELDS) else 0,
         parameters={
-            **parts,
+            **counts.parts,
             "total": sum(p.numel() for p in every),
             "trainable": sum(p.numel() for p in every if p.requires_grad),
         },

@@ -92,8 +92,8 @@ class ShardedStudent:
     def whole(self, *, to_save: HostSpace | None = None, dtype: torch.dtype = torch.float32) -> Iterator[None]:
         """Give the student a copy of its model with all weights inside the block, which every process enters.
 
-        Under autocast it has the dtype for decoding, unless there is an adapter. to_save: in this space of the first process
-        alone; others have a copy without weights. dtype: of that copy, unless there is an adapter.
+        Under autocast it has the dtype for decoding, unless there is an adapter. to_save: the copy is in this space in
+        the first process, and has no weights in the others. dtype: of that copy, unless there is an adapter.
         """
         target = self._decoding_copy() if to_save is None else self._saved_copy(dtype)
         place = self._to_device
@@ -120,13 +120,13 @@ class ShardedStudent:
             raise lone_error(error) from error
 
     def end(self) -> None:
-        """Give the student its model as it was before. It has no weights, except those below an adapter, on the CPU."""
+        """Restore the student's model from before. Only the weights below an adapter are loaded, on the CPU."""
         if self._adapter is not None:
             with self.passes():
                 self._fill(self._copy, torch.Tensor.cpu)
         self.student.model = self._copy
         self.student.adapter = self._copy_adapter
-        self.student.reshard = lambda: None
+        self.student.reshard = None
         self.student.is_to_be_sharded = True
 
     def _without_weights(self) -> nn.Module:

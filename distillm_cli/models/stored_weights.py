@@ -20,7 +20,7 @@ from distillm_cli.models.model_paths import model_file
 def load_stored(
     load: Callable[[torch.dtype], PreTrainedModel], path: str, revision: str | None = None
 ) -> PreTrainedModel:
-    """Return the float32 model that ``load`` returns. Its parameters are bfloat16 if all weights of ``path`` are.
+    """Return a model in float32. Its parameters stay bfloat16 if all weights of ``path`` are.
 
     load: loads the model in a dtype.
     """
@@ -49,7 +49,7 @@ def _restore_buffers(model: PreTrainedModel) -> None:
 
 
 def _stored_dtypes(path: str, revision: str | None) -> set[str]:
-    """Return the types of the numbers in a model's safetensors files, as these name them; none if there are no files."""
+    """Return the floating-point dtypes in a model's safetensors files, such as ``BF16``; none if there are no files."""
     config = model_file(path, "config.json", revision)
     found: set[str] = set()
     for file in [] if config is None else config.parent.glob("*.safetensors"):

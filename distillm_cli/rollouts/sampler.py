@@ -263,6 +263,53 @@ def decode_in_groups(
     return outputs
 
 
+class _Responses:
+    """Collect the tokens of the rows of a batch while they are decoded, and record which rows are done.
+
+    token_limits: largest number of new tokens of each row, at least one. stop_ids: tokens that complete a response.
+    """
+
+    def __init__(self, token_limits: SequenceOf[int], stop_ids: frozenset[int]):
+        B = len(token_limits)
+        self.horizon = max(token_limits)
+        self.stops = np.array(sorted(stop_ids), dtype=np.int64)
+        self.done_B = np.zeros(B, dtype=bool)
+        self.entropies_B = np.zeros(B)  # sums over the tokens
+        self._limits_B = np.array(token_limits)
+        self._tokens_BT = np.zeros((B, self.horizon), dtype=np.int32)
+        self._counts_B = np.zeros(B, dtype=np.int64)
+        self._complete_B = np.zeros(B, dtype=bool)
+        self._log_probs: list[list[np.ndarray]] = [[] for _ in token_limits]
+
+    def append(self, t: int, rows: np.ndarray, chosen: Tensor) -> np.ndarray:
+        """Add token ``t`` of these rows. Return those of them that it belongs to: rows that were not done."""
+        self._tokens_BT[rows, t] = chosen.cpu().numpy()
+        check_chosen(self._tokens_BT[rows, t])
+        active = rows[~self.done_B[rows]]
+        self._counts_B[active] += 1
+        self._complete_B[active] = (self._tokens_BT[active, t, None] == self.stops).any(-1)
+        self.done_B[active] = self._complete_B[active] | (self._counts_B[active] >= self._limits_B[active])
+        return active
+
+    def append_log_probs(self, rows: np.ndarray, chosen_BK: Tensor) -> None:
+        for i, log_probs_K in zip(rows, chosen_BK.float().cpu().numpy(), strict=True):
+            self._log_probs[i].append(log_probs_K)
+
+    def last_token(self, row: int) -> int:
+        return int(self._tokens_BT[row, self._counts_B[row] - 1])
+
+    def outputs(self, *, entropy: bool, with_log_probs: bool) -> list[SampledOutput]:
+        return [
+            SampledOutput(
+                self._tokens_BT[i, :n].copy(),
+                bool(self._complete_B[i]),
+                self.entropies_B[i] / n if entropy else None,
+                np.stack(self._log_probs[i][:n]) if with_log_probs else None,
+            )
+            for i, n in enumerate(self._counts_B)
+        ]
+
+
 def _decode_batch(
     decoder: Decoder,
     prompts: SequenceOf[np.ndarray],
@@ -273,57 +320,43 @@ def _decode_batch(
     with_log_probs: bool,
 ) -> list[SampledOutput]:
     """Decode rows together. token_limits: largest number of new tokens of each row, at least one."""
-    B = len(prompts)
-    horizon = max(token_limits)
+    responses = _Responses(token_limits, decoder.stop_ids)
     lengths_B = np.array([len(p) for p in prompts])
-    token_limits_B = np.array(token_limits)
-    uniforms_BT = uniforms(seeds, horizon)
+    uniforms_BT = uniforms(seeds, responses.horizon)
     context = decoder.context  # read once: config attributes are slow
     ngrams = None
     if sampling.no_repeat_ngram_size:
         # The input of an encoder is not part of the response: a summary may quote it.
         ngrams = [_NGrams(sampling.no_repeat_ngram_size, p[:0] if decoder.is_encoder_decoder else p) for p in prompts]
-    stops = np.array(sorted(decoder.stop_ids), dtype=np.int64)
-    tokens_BT = np.zeros((B, horizon), dtype=np.int32)
-    counts_B = np.zeros(B, dtype=np.int64)
-    entropies_B = np.zeros(B)
-    complete_B = np.zeros(B, dtype=bool)
-    done_B = np.zeros(B, dtype=bool)
-    log_probs: list[list[np.ndarray]] = [[] for _ in prompts]
 
     decoding = decoder.decode(prompts)
     scoring = decoding if isinstance(decoding, ScoringDecoding) else None
-    batch_rows = np.arange(B)  # rows that are still in the batch
+    batch_rows = np.arange(len(prompts))  # rows that are still in the batch
     chosen = None
     forced = decoder.forced_first
-    for t in range(horizon):
+    for t in range(responses.horizon):
         logits_BV = decoding.logits(chosen)
-        active = batch_rows[~done_B[batch_rows]]
         if with_log_probs and scoring is None:
             log_probs_BV = logits_BV.log_softmax(-1)
         if entropy:
-            entropies_B[batch_rows] += np.where(done_B[batch_rows], 0, _entropy(logits_BV).cpu().numpy())
+            entropies_B = _entropy(logits_BV).cpu().numpy()
+            responses.entropies_B[batch_rows] += np.where(responses.done_B[batch_rows], 0, entropies_B)
         if t < sampling.min_new_tokens:
-            logits_BV[:, torch.from_numpy(stops).to(logits_BV.device)] = -torch.inf
+            logits_BV[:, torch.from_numpy(responses.stops).to(logits_BV.device)] = -torch.inf
         if ngrams is not None:
             _mask_banned(logits_BV, [ngrams[i].banned() for i in batch_rows])
         chosen = choose(logits_BV, sampling, torch.from_numpy(uniforms_BT[batch_rows, t]))
         if t == 0 and forced is not None:
             chosen = torch.full_like(chosen, forced)
-        tokens_BT[batch_rows, t] = chosen.cpu().numpy()
-        check_chosen(tokens_BT[batch_rows, t])
+        active = responses.append(t, batch_rows, chosen)
         if with_log_probs:
             # Without a teacher: the student's alone, column LOG_Q.
             chosen_BK = scoring.log_probs(chosen) if scoring else log_probs_BV.gather(-1, chosen[:, None])
-            for i, log_probs_K in zip(batch_rows, chosen_BK.float().cpu().numpy(), strict=True):
-                log_probs[i].append(log_probs_K)
+            responses.append_log_probs(batch_rows, chosen_BK)
         if ngrams is not None:
             for i in active:
-                ngrams[i].append_token(int(tokens_BT[i, t]))
-        counts_B[active] += 1
-        complete_B[active] = (tokens_BT[active, t, None] == stops).any(-1)
-        done_B[active] = complete_B[active] | (counts_B[active] >= token_limits_B[active])
-        is_unfinished = ~done_B[batch_rows]
+                ngrams[i].append_token(responses.last_token(i))
+        is_unfinished = ~responses.done_B[batch_rows]
         if not is_unfinished.any():
             break
         # Removing rows copies the cache. It pays off once an eighth has finished, and it is necessary before the position
@@ -333,15 +366,7 @@ def _decode_batch(
             rows = torch.from_numpy(np.flatnonzero(is_unfinished)).to(chosen.device)
             decoding.keep(rows)
             batch_rows, chosen = batch_rows[is_unfinished], chosen[rows]
-    return [
-        SampledOutput(
-            tokens_BT[i, :n].copy(),
-            bool(complete_B[i]),
-            entropies_B[i] / n if entropy else None,
-            np.stack(log_probs[i][:n]) if with_log_probs else None,
-        )
-        for i, n in enumerate(counts_B)
-    ]
+    return responses.outputs(entropy=entropy, with_log_probs=with_log_probs)
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ from distillm_cli.training.checkpoint import Checkpoints
 from distillm_cli.training.distributed import world
 from distillm_cli.training.events import Listener, Note
 from distillm_cli.training.health import StepHealth
+from distillm_cli.training.sharding import Sharding
 from distillm_cli.training.state import RunInfo
 from distillm_cli.training.trainer import Trainer
 from distillm_cli.training.validation import ScheduleProbe, Validator
@@ -74,38 +75,8 @@ def build_trainer(
         epochs = run.steps / run.order.steps_per_epoch
         objective = objectives.build(None if run.sft else recipe.objective, epochs)
     student_loss = _student_loss(run, objective, teacher, extras, listener)
-    sharding = student_loss.sharding
-    info = RunInfo(
-        steps=run.steps,
-        steps_per_epoch=run.order.steps_per_epoch,
-        method=recipe.method,
-        device=run.device,
-        dtype=run.dtype,
-        pass_overhead=run.pass_overhead,
-        cuts_outputs=recipe.rollout.prefix is not None,
-        identity=lambda: {"recipe": fixed_values(recipe), "inputs": run.inputs},
-    )
-
-    @contextmanager
-    def sampling() -> Iterator[None]:
-        with eval_mode(student_loss), info.autocast(), sharding.whole():
-            yield
-
-    @contextmanager
-    def teacher_sampling() -> Iterator[None]:
-        with eval_mode(student_loss), run.teacher.on_device():  # a teacher that is trained has dropout
-            yield
-
-    @contextmanager
-    def at_start() -> Iterator[None]:
-        trained = student_loss.trained_teacher
-        with run.with_start_weights(), nullcontext() if trained is None else trained.with_start_weights():
-            yield
-
-    def scored() -> dict[str, float | None]:
-        assert score is not None
-        with sharding.whole():
-            return score()
+    info = _run_info(run)
+    sampling = partial(_sampling_from_student, student_loss, info)
 
     def save_model(directory: Path) -> None:
         run.save_model(directory)
@@ -120,15 +91,17 @@ def build_trainer(
         bulk=recipe.rollout.bulk,
         rows_beside=objective.rows_beside,
         sampling=sampling,
-        teacher_sampling=teacher_sampling,
+        teacher_sampling=partial(_sampling_from_teacher, student_loss, run),
     )
+    sharding = student_loss.sharding
     validator = Validator(
         batches_by_length(run.answered, max(recipe.train.batch_size, 16)),
         info,
         select=recipe.train.select,
         teacher=teacher,
-        score=None if score is None else scored,
-        at_start=None if sharding.is_on else at_start,  # shards are not replaced: it is measured before the first step
+        score=None if score is None else partial(_score_whole, sharding, score),
+        # Shards are not replaced: the loss before training is measured before the first step.
+        at_start=None if sharding.is_on else partial(_start_weights, student_loss, run),
         probe=_schedule_probe(run, info, teacher, sampling, listener),
         # A stage before the run, whose states are all cached, may have released the teacher.
         divergences=None if teacher is None or teacher.has_released_model else divergence_probe(run, info),
@@ -152,6 +125,49 @@ def build_trainer(
         ),
         listener=listener,
     )
+
+
+def _run_info(run: Prepared) -> RunInfo:
+    """Return what the training loop needs to know of a run."""
+    recipe = run.recipe
+    return RunInfo(
+        steps=run.steps,
+        steps_per_epoch=run.order.steps_per_epoch,
+        method=recipe.method,
+        device=run.device,
+        dtype=run.dtype,
+        pass_overhead=run.pass_overhead,
+        cuts_outputs=recipe.rollout.prefix is not None,
+        identity=lambda: {"recipe": fixed_values(recipe), "inputs": run.inputs},
+    )
+
+
+@contextmanager
+def _sampling_from_student(student_loss: StudentLoss, info: RunInfo) -> Iterator[None]:
+    """Sample from the student inside the block, with all of its weights."""
+    with eval_mode(student_loss), info.autocast(), student_loss.sharding.whole():
+        yield
+
+
+@contextmanager
+def _sampling_from_teacher(student_loss: StudentLoss, run: Prepared) -> Iterator[None]:
+    """Sample from the teacher inside the block. A teacher that is trained has dropout."""
+    with eval_mode(student_loss), run.teacher.on_device():
+        yield
+
+
+@contextmanager
+def _start_weights(student_loss: StudentLoss, run: Prepared) -> Iterator[None]:
+    """Give the student, and a teacher that is trained, their weights from before training inside the block."""
+    trained = student_loss.trained_teacher
+    with run.with_start_weights(), nullcontext() if trained is None else trained.with_start_weights():
+        yield
+
+
+def _score_whole(sharding: Sharding, score: Callable[[], dict[str, float | None]]) -> dict[str, float | None]:
+    """Return the scores of the student with all of its weights."""
+    with sharding.whole():
+        return score()
 
 
 def _student_loss(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from distillm_cli.config.schema import Recipe
+from distillm_cli.config.schema import ModelSide, Recipe
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.rows import Row
 from distillm_cli.errors import UsageError
@@ -114,7 +114,7 @@ class ChatSession:
 def open_session(
     student: str, teacher: str | None, settings: Settings, listener: Listener, system: str | None = None
 ) -> ChatSession:
-    """Load the models, with the template and the sampling settings of the student's recipe.
+    """Load the models, with the templates of their sides and the sampling settings of the student's recipe.
 
     Raises UsageError in several processes, and ModelError for a model that cannot generate.
     """
@@ -124,16 +124,17 @@ def open_session(
     participants = [_participant("student" if teacher else "model", student, recipe, listener)]
     if teacher is not None:
         own_dtype = recipe.student.model_copy(update={"dtype": recipe.teacher.dtype})
-        participants.append(
-            _participant("teacher", teacher, recipe.model_copy(update={"student": own_dtype}), listener)
-        )
+        of_teacher = recipe.model_copy(update={"student": own_dtype})
+        participants.append(_participant("teacher", teacher, of_teacher, listener, side="teacher"))
     rollout = recipe.rollout
     sampling = Sampling(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens)
     return ChatSession(participants, sampling, recipe.train.seed, system)
 
 
-def _participant(name: str, path: str, recipe: Recipe, listener: Listener) -> Participant:
-    model, encoder = inference.load_model(path, recipe, listener)
+def _participant(
+    name: str, path: str, recipe: Recipe, listener: Listener, side: ModelSide | None = None
+) -> Participant:
+    model, encoder = inference.load_model(path, recipe, listener, side)
     found = Participant(name, path, model, encoder)
     row = Row(instruction="a", where=_MESSAGE)
     inference.check_model(model, encoder, row, listener)

@@ -193,7 +193,6 @@ def memory(run: Workload) -> dict[str, int]:
     (`Prepared.with_start_weights`).
     """
     from distillm_cli.losses.fused import work_bytes
-    from distillm_cli.models.cpu.forward import has_layouts
 
     recipe = run.recipe
     student = run.student
@@ -213,17 +212,7 @@ def memory(run: Workload) -> dict[str, int]:
         "loss": work_bytes(positions, run.vocab, run.itemsize, run.device) + _head_gradient_bytes(run, student),
     }
     if run.teacher is not None:
-        teacher = run.teacher
-        parts |= _teacher_weight_bytes(run, _weight_bytes(teacher, run.teacher_itemsize, recipe.teacher.quantize))
-        if (
-            not (run.has_head_only or run.teacher_is_served)
-            and run.device == "cpu"
-            and run.teacher_itemsize == 2
-            and has_layouts(teacher.kind, teacher.parameters["total"])
-        ):
-            parts["teacher_layouts"] = teacher.matmul * run.teacher_itemsize
-        of_layers = 1 if run.teacher_is_served else 8  # the states alone, or one layer without a graph
-        parts["teacher_activations"] = positions * teacher.width * run.teacher_itemsize * of_layers
+        parts |= _teacher_bytes(run, run.teacher, positions)
     if run.teacher is not None and run.trains_teacher:
         parts |= _trained_teacher_bytes(run, run.teacher, longest)
         if not run.teacher.adapted:
@@ -232,8 +221,35 @@ def memory(run: Workload) -> dict[str, int]:
         host = 2 * run.itemsize * student.all_layers * student.width * run.micro_batch * longest
         parts["host_activations"] = round(_activation_passes(run) * host)
     parts |= run.cached_bytes or {}
+    parts |= _sampling_bytes(run, longest)
+    return {name: size for name, size in parts.items() if size}
+
+
+def _teacher_bytes(run: Workload, teacher: Sizes, positions: int) -> dict[str, int]:
+    """Return the bytes of a teacher that is not trained. positions: of a micro-batch."""
+    from distillm_cli.models.cpu.forward import has_layouts
+
+    quantize = run.recipe.teacher.quantize
+    parts = _teacher_weight_bytes(run, _weight_bytes(teacher, run.teacher_itemsize, quantize))
+    is_here = not (run.has_head_only or run.teacher_is_served)
+    is_bf16_on_cpu = run.device == "cpu" and run.teacher_itemsize == 2
+    if is_here and is_bf16_on_cpu and has_layouts(teacher.kind, teacher.parameters["total"]):
+        parts["teacher_layouts"] = teacher.matmul * run.teacher_itemsize
+    of_layers = 1 if run.teacher_is_served else 8  # the states alone, or one layer without a graph
+    parts["teacher_activations"] = positions * teacher.width * run.teacher_itemsize * of_layers
+    return parts
+
+
+def _sampling_bytes(run: Workload, longest: int) -> dict[str, int]:
+    """Return the bytes of sampling: copies that decode, keys and values, and on a CPU layouts of bf16 matrices."""
+    from distillm_cli.models.cpu.forward import has_layouts
+
+    recipe = run.recipe
+    student = run.student
+    parts: dict[str, int] = {}
     positions = run.sequences * recipe.rollout.bulk * longest
     if run.student_samples:
+        is_quantized = recipe.student.quantize != "none"
         parts["rollout_weights"] = 0 if is_quantized else decoding_copy_bytes(student, run.itemsize)
         if not run.student_is_served:
             parts["rollout_cache"] = kv_cache_bytes(student, positions, run.itemsize)
@@ -249,7 +265,7 @@ def memory(run: Workload) -> dict[str, int]:
         is_bf16 = run.itemsize == 2 or (run.teacher is not None and run.teacher_itemsize == 2)
         parts["rollout_layouts"] = sum(layouts)
         parts["compiled_products"] = _COMPILED_PRODUCTS if is_bf16 else 0
-    return {name: size for name, size in parts.items() if size}
+    return parts
 
 
 def _gathered_bytes(run: Workload, student: Sizes) -> int:

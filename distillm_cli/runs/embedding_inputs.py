@@ -203,7 +203,7 @@ def _check_student_modules(recipe: Recipe) -> None:
     """Raise ModelError if the student is loaded from a directory with modules that it cannot be trained with."""
     path = recipe.student.required_path
     if recipe.student.is_built:
-        parse_student(path)  # a typing error is reported before models are loaded
+        parse_student(path)  # a malformed specification is reported before models are loaded
         return
     if read_declared(path, recipe.student.revision, pooling=recipe.disco.pooling).dense is not None:
         raise ModelError(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from distillm_cli.config.suite_file import LM_EVAL
 from distillm_cli.data.encoder import Encoder
+from distillm_cli.data.sides import describe_sides
 from distillm_cli.evaluation.evaluate import evaluate_suite
 from distillm_cli.evaluation.likelihood import load_references, measure_references, save_references
 from distillm_cli.evaluation.pairs import evaluate_pairs, load_pairs, save_pairs
@@ -203,11 +204,17 @@ def _measure_references(
         return None
     about = {**about, "rows_sha256": suite.digest(), "prompts_sha256": prompts_digest(encoder, suite)}
     about |= teacher.identity(job.recipe, model, listener)
+    template = suite.template(job.recipe.data_of("teacher").template, job.by_hand)
+    compared = teacher.compared(job.recipe, encoder, template)
+    if compared is not None and compared.encoder is not None:
+        listener(Note(f"{suite.name}: {describe_sides(compared.encoder.data, encoder.data)}"))
+        about["teacher_prompts_sha256"] = prompts_digest(compared.encoder, suite)
     world().check_same(about)
     saved = None if job.options.rescore else load_references(suite, job.output, about)
     if saved is not None:
         return saved
-    measure = partial(measure_references, model, encoder, suite, teacher=teacher.model, context=model.context)
+    contexts = [one.context for one in (model, teacher.model) if one is not None and one.context is not None]
+    measure = partial(measure_references, model, encoder, suite, teacher=compared, context=min(contexts, default=None))
     measure = partial(measure, device=model.device, batch_size=job.recipe.eval.batch_size, listener=listener)
     result = world().broadcast(measure)
     save_references(result, job.output, about)

@@ -12,10 +12,10 @@ import torch
 from distillm_cli.config.explain import leaves
 from distillm_cli.config.load import Resolved, resolve, with_resolved_values
 from distillm_cli.config.merging import read_document
-from distillm_cli.config.schema import Recipe
+from distillm_cli.config.schema import ModelSide, Recipe
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
-from distillm_cli.errors import RecipeError
+from distillm_cli.errors import RecipeError, UsageError
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.models.chat_format import read_template, set_languages, usual_end_token
 from distillm_cli.models.pair import load_backbone, resolve_device, resolve_dtype
@@ -58,7 +58,7 @@ def _on_this_machine(resolved: Resolved, path: Path) -> Resolved:
     """Return the recipe of the run that made the model, with the settings for that run's machine reset.
 
     path: of the recipe. The chat template is reset too: it was saved with the model's tokenizer. A template of the student's
-    side becomes that of the data.
+    side becomes that of the data, and what the teacher sees becomes a setting of its own side.
     """
     recorded = [key for key, origin in resolved.origin.items() if origin.startswith(f"{path.name}:")]
     reset: dict[str, tuple[Any, str]] = {
@@ -66,9 +66,16 @@ def _on_this_machine(resolved: Resolved, path: Path) -> Resolved:
         for key in ("train.device", "train.threads", "data.chat_template", "student.chat_template", "student.template")
         if key in recorded
     }
-    own = resolved.recipe.student.template
-    if own is not None and "data.template" in recorded:
-        reset["data.template"] = (own, resolved.origin["student.template"])
+    teacher, student = resolved.recipe.data_of("teacher"), resolved.recipe.data_of("student")
+    if resolved.recipe.student.template is not None and "data.template" in recorded:
+        reset["data.template"] = (student.template, resolved.origin["student.template"])
+        reset["teacher.template"] = (teacher.template, resolved.origin["teacher.template"])
+    choices = {teacher.chat_template, student.chat_template}
+    is_same = len(choices) == 1 or choices == {"auto", "student"}
+    reset["teacher.chat_template"] = (
+        None if is_same else teacher.chat_template,
+        resolved.origin["teacher.chat_template"],
+    )
     return with_resolved_values(resolved, reset)
 
 
@@ -117,16 +124,27 @@ def _damaged(path: Path, why: str) -> RecipeError:
     return RecipeError("recipe.damaged", f"{path} is damaged or changed: {why}", hint=hint)
 
 
-def load_model(model: str, recipe: Recipe, listener: Listener) -> tuple[Backbone, Encoder]:
+def side_of(model: str, recipe: Recipe) -> ModelSide:
+    """Return whose prompts a model sees: the teacher's if the recipe names it as the teacher, and not as the student."""
+    is_teacher, is_student = (
+        path is not None and Path(path).expanduser() == Path(model).expanduser()
+        for path in (recipe.teacher.path, recipe.student.path)
+    )
+    return "teacher" if is_teacher and not is_student else "student"
+
+
+def load_model(
+    model: str, recipe: Recipe, listener: Listener, side: ModelSide | None = None
+) -> tuple[Backbone, Encoder]:
     """Load a model on the recipe's device in the recipe's precision, and return it with its encoder.
 
-    Raises ModelError.
+    side: whose prompts it sees; None: those of ``side_of``. Raises ModelError.
     """
     resume_garbage_collection()
     set_threads(recipe.train.threads, listener)
     device = resolve_device(recipe.train.device)
     backbone = load_backbone(model, dtype=precision(recipe), device=device, listener=listener)
-    return backbone, _encoder_of(backbone, recipe)
+    return backbone, _encoder_of(backbone, recipe, side or side_of(model, recipe))
 
 
 def load_without_weights(model: str, recipe: Recipe) -> tuple[Backbone, Encoder]:
@@ -135,12 +153,12 @@ def load_without_weights(model: str, recipe: Recipe) -> tuple[Backbone, Encoder]
 
     resume_garbage_collection()
     backbone = load_skeleton(model, dtype=torch.float32)
-    return backbone, _encoder_of(backbone, recipe)
+    return backbone, _encoder_of(backbone, recipe, side_of(model, recipe))
 
 
-def _encoder_of(backbone: Backbone, recipe: Recipe) -> Encoder:
+def _encoder_of(backbone: Backbone, recipe: Recipe, side: ModelSide) -> Encoder:
     """Return the encoder of a model's prompts, with the chat template and the languages of the recipe."""
-    data = recipe.data_of("student")
+    data = recipe.data_of(side)
     if data.chat_template not in ("auto", "student", "teacher"):
         backbone.tokenizer.chat_template = read_template(data.chat_template)
     set_languages(backbone.tokenizer, data, [backbone])
@@ -151,6 +169,28 @@ def _encoder_of(backbone: Backbone, recipe: Recipe) -> Encoder:
         stops=backbone.stop_ids,
         end_id=usual_end_token(backbone),
     )
+
+
+def teacher_encoder(encoder: Encoder, teacher: Backbone, recipe: Recipe, template: str) -> Encoder:
+    """Return the encoder of the prompts that a teacher sees beside the student, as in training.
+
+    encoder: of the student's prompts, with its tokenizer; returned unchanged if both see the same. template: of the
+    teacher's side. Raises UsageError for a chat template that neither model has.
+    """
+    choice = recipe.data_of("teacher").chat_template
+    if (template, choice) == (encoder.template, encoder.data.chat_template):
+        return encoder
+    found = encoder.with_settings(template=template, chat_template=choice)
+    if choice == encoder.data.chat_template:
+        return found
+    if choice in ("auto", "student"):
+        what = f"teacher.chat_template = {choice}, but the student was trained with another template than its own"
+        hint = "set it to teacher or to a Jinja file, in a recipe for --recipe"
+        raise UsageError("usage.no_chat_template", what, hint=hint)
+    chat_template = teacher.tokenizer.chat_template if choice == "teacher" else read_template(choice)
+    if chat_template is None:
+        raise UsageError("usage.no_chat_template", f"chat_template = {choice}, but the teacher's tokenizer has none")
+    return found.with_chat_template(chat_template)
 
 
 def report_template(encoder: Encoder, rows: Iterable[Row], listener: Listener) -> None:

@@ -175,7 +175,7 @@ def _ends(run: Prepared) -> Iterator[Finding]:
         yield Finding("warning", "end.teacher", what, "teacher's generation config", cure, is_reported=True)
     missing = {token for token in teacher if token < run.pair.vocab} - student
     if missing and run.recipe.schedule.uses_student_outputs:
-        what = f"the teacher also stops at {_names(name, missing)}, where the student goes on"
+        what = f"the teacher also stops at {_names(name, missing)}, where the student continues"
         cure = f"try --set student.stop_tokens={name(min(missing))!r}"
         yield Finding("note", "end.student", what, "student's generation config", cure)
     pad = run.pair.tokenizer.pad_token_id

@@ -20,7 +20,7 @@ from distillm_cli.data.batching import Examples, MixedOrder, Order, by_source, t
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.prefetch import Prefetcher
 from distillm_cli.data.rows import Row
-from distillm_cli.data.sides import with_teacher_prompts
+from distillm_cli.data.sides import describe_sides, with_teacher_prompts
 from distillm_cli.data.sources import Rows, named_parts, overlap
 from distillm_cli.data.teacher_samples import encode_teacher_samples, read_teacher_samples
 from distillm_cli.data.templates import Renderer, resolve_auto_template
@@ -242,18 +242,7 @@ def _prepare(recipe: Recipe, listener: Listener, prefetcher: Prefetcher) -> Prep
     longest = chosen(data.max_length)
     _warn_of_longrope(pair, min(longest, context or longest), listener)
 
-    def tokenized(name: str, rows: SequenceOf[Row]) -> Examples:
-        ids = partial(prefetcher.take, name, pair.tokenizer)
-        return tokenize(rows, encoder, encoder.data, listener, context, ids)
-
-    def opened(name: str, rows: SequenceOf[Row]) -> Examples:
-        if isinstance(rows, Rows) and rows.are_stored:
-            return open_tokens(rows, encoder, listener, context)
-        return tokenized(name, rows)
-
-    train = by_source("train", train_rows, opened)
-    valid = by_source("valid", valid_rows, tokenized)
-    prefetcher.close()
+    train, valid = _tokenized(train_rows, valid_rows, prefetcher, encoder, context, listener)
     if teacher_encoder is not None:
         train = with_teacher_prompts(train, teacher_encoder, context, listener, str(train_rows))
         valid = with_teacher_prompts(valid, teacher_encoder, context, listener, str(valid_rows))
@@ -299,6 +288,31 @@ def _read_rows(recipe: Recipe, prefetcher: Prefetcher, listener: Listener) -> tu
         listener(Note(f"{shared:,} of the {rows} {have} the prompt of a training row"))
     _check_held_out(recipe, valid_rows, listener)
     return train_rows, valid_rows, shared
+
+
+def _tokenized(
+    train_rows: Rows,
+    valid_rows: Rows,
+    prefetcher: Prefetcher,
+    encoder: Encoder,
+    context: int | None,
+    listener: Listener,
+) -> tuple[Examples, Examples]:
+    """Return the training rows and the held-out rows as token ids: prefetched ones, or those of a store."""
+
+    def tokenized(name: str, rows: SequenceOf[Row]) -> Examples:
+        ids = partial(prefetcher.take, name, encoder.tokenizer)
+        return tokenize(rows, encoder, encoder.data, listener, context, ids)
+
+    def opened(name: str, rows: SequenceOf[Row]) -> Examples:
+        if isinstance(rows, Rows) and rows.are_stored:
+            return open_tokens(rows, encoder, listener, context)
+        return tokenized(name, rows)
+
+    train = by_source("train", train_rows, opened)
+    valid = by_source("valid", valid_rows, tokenized)
+    prefetcher.close()
+    return train, valid
 
 
 def _initial_weights(student: Backbone) -> Callable[[], Mapping[str, torch.Tensor]] | None:
@@ -380,10 +394,7 @@ def _teacher_encoder(recipe: Recipe, pair: Pair, encoder: Encoder, listener: Lis
         end_id=encoder.end_id,
         needs_responses=encoder.needs_responses,
     )
-    own, student = recipe.data_of("teacher"), recipe.data_of("student")
-    names = [name for name in ("template", "chat_template") if getattr(own, name) != getattr(student, name)]
-    described = ", ".join(f"{name} {getattr(own, name)} instead of {getattr(student, name)}" for name in names)
-    listener(Note(f"the teacher sees its own prompts: {described}"))
+    listener(Note(describe_sides(data, recipe.data_of("student"))))
     ends = sorted(end for end in found.end_ids - encoder.end_ids if end < pair.vocab)
     for model in pair.models.values() if ends and data.template in ("auto", "chat") else ():
         add_stop_tokens(model, ends, after=True)

@@ -108,7 +108,8 @@ def connect_model(model: str, url: str, recipe: Recipe, listener: Listener) -> t
     served = find_model(server, model, is_required=is_text)
     if is_text:
         listener(Note(f"{served.name} on {server.url}: prompts are sent as text, and the server tokenizes them"))
-        return ServerModel(server, served, context=None, stop_ids=frozenset(), is_text=True), TextEncoder(recipe.data)
+        data = recipe.data_of(inference.side_of(model, recipe))
+        return ServerModel(server, served, context=None, stop_ids=frozenset(), is_text=True), TextEncoder(data)
     skeleton, encoder = inference.load_without_weights(model, recipe)
     bounds = [bound for bound in (skeleton.context, served.context) if bound is not None]
     listener(Note(f"{served.name} on {server.url}: prompts are sent as token ids of {model}"))

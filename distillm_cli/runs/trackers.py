@@ -2,7 +2,7 @@
 
 A tracker gets the resolved recipe, the figures of metrics.jsonl, a table of samples, and the small files of the finished
 run. Only the first process logs. A resumed run continues the run of the tracker, whose id is in ``trackers.json``. A tracker
-that fails during the run is dropped with a warning, and the run goes on.
+that fails during the run is dropped with a warning, and the run continues.
 """
 
 from __future__ import annotations

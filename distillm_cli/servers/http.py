@@ -193,7 +193,7 @@ def in_parallel(
 
 
 def answer_timeout() -> float:
-    """Return the seconds that an answer is awaited. Raises UsageError for a variable that is no number of seconds."""
+    """Return the time limit of an answer in seconds. Raises UsageError for a variable that is no number of seconds."""
     return _seconds(TIMEOUT, _TIMEOUT_SECONDS)
 
 

@@ -126,8 +126,8 @@ def entropy_collapse(history: History) -> Problem | None:
 def loss_stuck(history: History) -> Problem | None:
     """Find a run of which half is done and in which nothing moves: neither loss nor validation nor agreement.
 
-    A loss that rises with the learning rate and falls later is normal for a student that was trained before. Figures of
-    steps are of different rows, so they may differ more than validations, if there are any.
+    A loss that rises with the learning rate and falls later is normal for a student that was trained before. Steps
+    train on different rows, so their figures may vary more than validations, if there are any.
     """
     if history.progress < 0.5:
         return None

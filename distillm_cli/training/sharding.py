@@ -37,7 +37,7 @@ class Sharding(Protocol):
         """Make passes inside the block. An error of one process is not exchanged there, since the others wait in a pass."""
 
     def end(self) -> None:
-        """Give the student its model as it was before, without weights: the caller loads them (``Backbone.load_state``)."""
+        """Restore the student's model from before, without weights: the caller loads them (``Backbone.load_state``)."""
 
 
 class _NotSharded:

@@ -8,7 +8,6 @@ with console(json_mode=json, quiet=quiet) as ui:
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import threading
@@ -48,14 +47,12 @@ from distillm_cli.ui.display import (
     render_display,
     trained_parameters,
 )
-from distillm_cli.utils.storage import discard_stdout, is_closed_terminal, storage_error
+from distillm_cli.utils.stdout import write_json, write_rendered
 from distillm_cli.utils.text import (
     counted,
-    escaped,
     format_count,
     format_duration,
     format_percent,
-    json_value,
     printable,
     redact,
     signed,
@@ -187,13 +184,13 @@ class Console:
         if self.json_mode:
             return self.show(*renderables)
         self._stop()
-        _write_stdout(_rendered([item for item in renderables if not isinstance(item, Note)]))
+        write_rendered(_rendered([item for item in renderables if not isinstance(item, Note)]))
         return self.show(*(item for item in renderables if isinstance(item, Note)))
 
     def result(self, obj: Mapping[str, object]) -> None:
         """Print the result of the command as one JSON object on stdout, if ``json_mode`` is set."""
         if self.json_mode:
-            print_json(obj)
+            write_json(obj)
 
     def frame(self) -> RenderableType:
         """Return the live display in its current state."""
@@ -290,11 +287,6 @@ class Console:
             live.stop()
 
 
-def print_json(obj: Mapping[str, object]) -> None:
-    """Print an object as one line of ASCII on stdout, for any locale, and flush. NaN becomes null."""
-    _write_stdout(json.dumps(json_value(obj), allow_nan=False) + "\n")
-
-
 def _rendered(renderables: Iterable[RenderableType]) -> str:
     """Return renderables as text for stdout: as on a terminal if it is one, else without colors and borders."""
     if sys.stdout.isatty():
@@ -312,27 +304,6 @@ def _rendered(renderables: Iterable[RenderableType]) -> str:
             target.print(Text(item) if isinstance(item, str) else item, highlight=False)
         parts += [f"{line.rstrip()}\n" for line in redact(captured.get()).splitlines()]
     return "".join(parts)
-
-
-def _write_stdout(text: str) -> None:
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        if is_closed_terminal(error):
-            discard_stdout()
-            return
-        hint = "free disk space; the files of the command are complete"
-        raise storage_error(error, "cannot write the result to standard output", hint) from error
-
-
-def write_rows(rows: Iterable[Mapping[str, object]]) -> None:
-    """Write rows on stdout, one JSON object per line, and flush. ASCII if stdout is not UTF-8."""
-    ascii_only = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
-    sys.stdout.write("".join(escaped(json.dumps(row, ensure_ascii=ascii_only) + "\n") for row in rows))
-    sys.stdout.flush()
 
 
 def _stage_summary(event: FineTuned | StageFinished) -> Iterable[RenderableType | Note]:

@@ -14,15 +14,15 @@ def is_distributed(tensor: Any) -> bool:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that is distributed over the processes, which all of them ask for; others unchanged."""
+    """Return the whole of a distributed tensor; other tensors unchanged. Every process calls it."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
 def like(value: Tensor, tensor: Any) -> Tensor:
-    """Return a whole tensor distributed like another one, if that is: the part of this process alone is read and moved.
+    """Return a whole tensor distributed like another one; unchanged if the other one is not distributed.
 
-    On the CPU the part is a view of the whole tensor.
+    Only the part of this process is read and moved. On the CPU it is a view of the whole tensor.
     """
     if not is_distributed(tensor) or is_distributed(value) or value.ndim == 0:
         return value

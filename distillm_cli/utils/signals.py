@@ -76,7 +76,7 @@ def handle_signals() -> Iterator[None]:
 
 
 def raise_delayed() -> None:
-    """Raise the signal that arrived during an import, if any: also called before a result is printed."""
+    """Raise the exception of the signal that arrived during an import, if any. Writing a result calls it first."""
     if _delayed:
         stop = _delayed.pop()
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from distillm_cli.errors import CtrlC
+from distillm_cli.utils import signals
+from distillm_cli.utils.stdout import write_json, write_rows
 from tests.command_line import assert_error_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,3 +191,45 @@ def test_unprintable_error_exits_with_its_code():
         command = [*PROGRAM, "recipes", "show", "nothing", "--json"]
         process = subprocess.run(command, env=ENV, stdout=full, stderr=full, timeout=60)
     assert process.returncode == 2
+
+
+# Commands whose results are JSON, text, and JSON of a resolved recipe.
+PRINTING = ("methods --json", "explain train.lr", "distill --recipe quickstart --dry-run --json")
+
+
+def run_printing(words: str, stdout: int) -> tuple[int, str]:
+    """Run a command with this stdout, which is closed afterwards; return the exit code and stderr."""
+    done = subprocess.run([*PROGRAM, *words.split()], env=ENV, stdout=stdout, stderr=subprocess.PIPE, timeout=60)
+    os.close(stdout)
+    return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.parametrize("words", PRINTING)
+def test_results_end_quietly_at_a_closed_pipe(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert run_printing(words, writer) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize("words", PRINTING)
+def test_closed_terminal_of_stdout_is_no_error(words):
+    terminal, stdout = pty.openpty()
+    os.close(terminal)
+    assert run_printing(words, stdout) == (0, "")
+
+
+@needs_dev_full
+@pytest.mark.parametrize("words", PRINTING)
+def test_results_on_a_full_disk_are_the_same_error(words):
+    code, err = run_printing(f"{words} --debug", os.open("/dev/full", os.O_WRONLY))
+    assert_error_line((code, "", err), "storage.failed", "standard output", "No space left on device")
+
+
+@pytest.mark.parametrize("write", [write_json, lambda value: write_rows([value])])
+def test_delayed_interrupt_replaces_a_result(write, capsys, monkeypatch):
+    monkeypatch.setattr(signals, "_delayed", [CtrlC])  # as if it had arrived during an import
+    with pytest.raises(CtrlC):
+        write({"status": "ok"})
+    assert capsys.readouterr().out == ""
+    write({"status": "ok"})
+    assert json.loads(capsys.readouterr().out) == {"status": "ok"}

@@ -7,11 +7,16 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
-from distillm_cli.config.schema import DataConfig
+from distillm_cli.config.schema import DataConfig, TeacherConfig
 from distillm_cli.data.sources import load_rows
+from distillm_cli.runs.chat_session import open_session
+from distillm_cli.runs.inference import Settings, load_model, resolve_settings, teacher_encoder
+from distillm_cli.training.events import silent
 from tests import chat_models
 from tests.chat_models import CHAT
+from tests.codes import raises_code
 from tests.e2e.test_mixture_runs import assert_same_run, interrupt_at
 
 WORDS = [
@@ -107,3 +112,89 @@ def test_each_chat_model_sees_its_own_template(cli, tmp_path):
     weights = [load_file(f"{cache}/model.safetensors") for cache in ("disk", "memory")]
     for name, value in weights[0].items():
         torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-5)
+
+
+ANSWERS = {"one": "two", "say": "it", "three": "four words"}
+SIDES_OF_EVAL = {
+    # Settings of the run; what student and teacher see of a word; the token that ends the student's responses.
+    "chat templates": (
+        ["--set", "teacher.chat_template=teacher"],
+        ("<bos><user>{}<end>\n<bot>", "<bos><sys><user>{}<end>\n<bot>", "<end>"),
+    ),
+    "student's template": (
+        ["--set", "data.chat_template=teacher", "--set", "student.template=plain", "--set", "data.template=exact"],
+        ("{}\n", "{}", "<eos>"),
+    ),
+    "student's chat template": (
+        ["--set", "data.chat_template=teacher", "--set", "student.chat_template=student"],
+        ("<bos><user>{}<end>\n<bot>", "<bos><sys><user>{}<end>\n<bot>", "<end>"),
+    ),
+}
+
+
+def mean_divergence(models, prompts: tuple[str, str, str]) -> float:
+    """Compute KL(teacher ‖ student) per token in float64. models: directories of student and teacher."""
+    *templates, end = prompts
+    total, count = 0.0, 0
+    tokenizer = chat_models.tokenizer(None)
+    loaded = [LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).double() for model in models]
+    for word, text in ANSWERS.items():
+        answer = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.convert_tokens_to_ids(end)]
+        logs = []
+        for model, template in zip(loaded, templates, strict=True):
+            ids = tokenizer(template.format(word), add_special_tokens=False)["input_ids"] + answer
+            with torch.no_grad():
+                logs.append(model(torch.tensor([ids])).logits[0, -len(answer) - 1 : -1].log_softmax(-1))
+        log_q, log_p = logs
+        total += (log_p.exp() * (log_p - log_q)).sum().item()
+        count += len(answer)
+    return total / count
+
+
+@pytest.mark.parametrize("case", SIDES_OF_EVAL)
+def test_eval_shows_the_teacher_its_side_of_the_run(cli, tmp_path, case):
+    settings, prompts = SIDES_OF_EVAL[case]
+    teacher = chat_models.save(tmp_path / "teacher", CHAT.replace("<bos>", "<bos><sys>"))
+    student = chat_models.save(tmp_path / "student", CHAT, width=32)
+    records = [{"instruction": word, "output": answer} for word, answer in ANSWERS.items()]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records), encoding="utf-8")
+    run = ["--teacher", teacher, "--student", student, "--data", "rows.jsonl", "--set", "data.valid=rows.jsonl"]
+    run += ["--batch-size", "1", "--method", "kd", "--steps", "1", "--dtype", "fp32", "--set", "train.threads=1"]
+    code, _, err = cli("distill", *run, *settings, "--set", "eval.report_rows=0", "--output", "run", "--json")
+    assert code == 0, err
+    options = ["--suite", "rows.jsonl", "--teacher", teacher, "--greedy", "--max-new-tokens", "1", "--dtype", "fp32"]
+    code, found, err = cli("eval", "run", *options, "--json")
+    assert code == 0, err
+    assert "rows: the teacher sees its own prompts: " in err
+    references = found["suites"]["rows"]["references"]
+    expected = mean_divergence(["run", teacher], prompts)
+    assert references["kl_teacher_student"] == pytest.approx(expected, rel=1e-4)
+    same = mean_divergence(["run", teacher], (prompts[0], prompts[0], prompts[2]))
+    assert abs(expected - same) > 2e-3 * same
+
+
+def test_models_of_a_recipe_see_the_prompts_of_their_sides(tmp_path):
+    """Check ``chat`` with a teacher, and ``generate`` and ``eval`` with the teacher of a recipe as their model."""
+    teacher, student = (chat_models.save(tmp_path / name) for name in ("teacher", "student"))
+    recipe = tmp_path / "recipe.yaml"
+    sections = {
+        "teacher": {"path": teacher, "template": "exact"},
+        "student": {"path": student},
+        "data": {"template": "plain"},
+    }
+    recipe.write_text(json.dumps(sections), encoding="utf-8")
+    settings = Settings(str(recipe))
+    texts = {
+        one.name: one.encoder.tokenizer.decode(one.prompt("word", None))
+        for one in open_session(student, teacher, settings, silent).participants
+    }
+    assert texts == {"student": "word\n", "teacher": "word"}
+    resolved = resolve_settings("generate", teacher, settings, silent)[0].recipe
+    loaded = {model: load_model(model, resolved, silent) for model in (student, teacher)}
+    templates = {model: encoder.template for model, (_, encoder) in loaded.items()}
+    assert templates == {student: "plain", teacher: "exact"}
+    lost = resolved.model_copy(update={"teacher": TeacherConfig(chat_template="student")})
+    lost = lost.model_copy(update={"data": DataConfig(chat_template="teacher")})
+    encoder = loaded[student][1].with_settings(chat_template="teacher")
+    with raises_code("usage.no_chat_template", "teacher.chat_template = student"):
+        teacher_encoder(encoder, loaded[teacher][0], lost, "chat")

@@ -17,9 +17,10 @@ from rich.console import Console as Terminal
 
 from distillm_cli.training.events import Note, Progress, RunEnded, RunStarted, Saved, Staged, Stepped, Validated, Warned
 from distillm_cli.ui import console as console_module
-from distillm_cli.ui.console import console, memory_in_use, print_json
+from distillm_cli.ui.console import console, memory_in_use
 from distillm_cli.ui.display import Memory, legend, render_stages, sparkline, stacked_bar
 from distillm_cli.ui.summary import next_steps
+from distillm_cli.utils.stdout import write_json
 from distillm_cli.utils.text import format_count, format_duration, format_percent
 
 CURSOR_OFF, CURSOR_ON = "\x1b[?25l", "\x1b[?25h"
@@ -451,7 +452,7 @@ def test_result_is_one_line_of_json_in_json_mode(capsys):
 
 
 def test_json_is_ascii_with_nested_non_finite_values(tmp_path, capsys):
-    print_json({"path": tmp_path, "suites": {"dolly": {"seeds": {10: float("inf")}, "rows": (1, 2)}}, "name": "φ"})
+    write_json({"path": tmp_path, "suites": {"dolly": {"seeds": {10: float("inf")}, "rows": (1, 2)}}, "name": "φ"})
     out = capsys.readouterr().out
     assert out.isascii()
     parsed = json.loads(out)

@@ -10,11 +10,17 @@ import torch
 from distillm_cli.config.schema import DataConfig
 from distillm_cli.data.encoder import Encoder
 from distillm_cli.data.sources import Row
-from distillm_cli.evaluation.likelihood import load_references, measure_references, read_references, save_references
+from distillm_cli.evaluation.likelihood import (
+    ComparedTeacher,
+    load_references,
+    measure_references,
+    read_references,
+    save_references,
+)
 from distillm_cli.evaluation.suites import Suite
 from distillm_cli.models.backbone import Backbone
 from distillm_cli.training.events import Warned
-from tests import tiny
+from tests import chat_models, tiny
 from tests.codes import raises_code
 
 CPU = torch.device("cpu")
@@ -41,23 +47,29 @@ def measure(student, encoder, rows, teacher=None, **options):
     return measure_references(student, encoder, rows, teacher=teacher, **options)
 
 
-def test_figures_match_float64(models):
-    student, teacher, encoder = models
-    result = measure(student, encoder, suite(), teacher)
+def expected_figures(student, teacher, prompts) -> dict[str, float]:
+    """Compute the figures of all pairs in float64. prompts: returns the texts that student and teacher see of a prompt."""
+    tokenizer = student.tokenizer
     sums = dict.fromkeys(("loss", "teacher_loss", "forward", "reverse", "agree", "tokens"), 0.0)
-    with torch.no_grad():
-        for sequence in encoder.with_settings(max_length=64, max_prompt_length=64).sequences(suite().rows):
-            ids = torch.tensor([[*sequence.prompt.tolist(), *sequence.response.tolist()]])
-            start = len(sequence.prompt)
-            log_q, log_p = (m.model(ids).logits[0, start - 1 : -1].double().log_softmax(-1) for m in (student, teacher))
-            targets = ids[0, start:, None]
-            sums["loss"] -= log_q.gather(1, targets).sum().item()
-            sums["teacher_loss"] -= log_p.gather(1, targets).sum().item()
-            sums["forward"] += (log_p.exp() * (log_p - log_q)).sum().item()
-            sums["reverse"] += (log_q.exp() * (log_q - log_p)).sum().item()
-            sums["agree"] += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
-            sums["tokens"] += len(sequence.response)
-    found = result.as_json()
+    for prompt, text in PAIRS:
+        answer = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        logs = []
+        for model, seen in zip((student, teacher), prompts(prompt), strict=True):
+            ids = torch.tensor([tokenizer(seen)["input_ids"] + answer])
+            with torch.no_grad():
+                logs.append(model.model(ids).logits[0, -len(answer) - 1 : -1].double().log_softmax(-1))
+        log_q, log_p = logs
+        targets = torch.tensor(answer)[:, None]
+        sums["loss"] -= log_q.gather(1, targets).sum().item()
+        sums["teacher_loss"] -= log_p.gather(1, targets).sum().item()
+        sums["forward"] += (log_p.exp() * (log_p - log_q)).sum().item()
+        sums["reverse"] += (log_q.exp() * (log_q - log_p)).sum().item()
+        sums["agree"] += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
+        sums["tokens"] += len(answer)
+    return sums
+
+
+def assert_figures(found, sums) -> None:
     tokens = sums["tokens"]
     assert (found["rows"], found["tokens"]) == (4, tokens)
     assert found["loss"] == pytest.approx(sums["loss"] / tokens, rel=1e-9)
@@ -66,20 +78,55 @@ def test_figures_match_float64(models):
     assert found["kl_teacher_student"] == pytest.approx(sums["forward"] / tokens, rel=1e-9)
     assert found["kl_student_teacher"] == pytest.approx(sums["reverse"] / tokens, rel=1e-9)
     assert found["agreement"] == pytest.approx(100 * sums["agree"] / tokens)
+
+
+def test_figures_match_float64(models):
+    student, teacher, encoder = models
+    found = measure(student, encoder, suite(), ComparedTeacher(teacher)).as_json()
+    assert_figures(found, expected_figures(student, teacher, lambda prompt: (prompt, prompt)))
     assert 0 < found["agreement"] < 100
+
+
+def test_teacher_sees_its_own_prompts(models):
+    student, teacher, encoder = models
+    rows = Suite("words", [Row(instruction=p, references=(text,), where=p) for p, text in PAIRS], "t")
+    compared = ComparedTeacher(teacher, encoder.with_settings(template="exact"))
+    found = measure(student, encoder, rows, compared).as_json()
+    assert_figures(found, expected_figures(student, teacher, lambda prompt: (f"{prompt}\n", prompt)))
+
+
+def test_conversations_with_other_answers_for_the_teacher_are_left_out():
+    tokenizer = chat_models.tokenizer(chat_models.CHAT)
+    model = Backbone(tiny.model("llama", len(tokenizer)), tokenizer)
+    model.model.eval()
+    encoder = Encoder(tokenizer, DataConfig(template="chat"))
+    first = [{"role": "user", "content": "one"}]
+    talk = [*first, {"role": "assistant", "content": "two"}, {"role": "user", "content": "six"}]
+    rows = [Row(messages=messages, references=("ten",), where="t") for messages in (first, talk)]
+    marked = chat_models.CHAT.replace(
+        "{{ m.content or '' }}", "{% if loop.index0 < last %}!{% endif %}{{ m.content or '' }}"
+    )
+    other = encoder.with_chat_template(marked)  # writes a mark before earlier answers
+    events = []
+    for seen, expected in ((encoder, 2), (other, 1)):
+        compared = ComparedTeacher(model, seen)
+        found = measure(model, encoder, Suite("words", rows, "t"), compared, context=64, listener=events.append)
+        assert found.as_json()["rows"] == expected
+    (warning,) = (event.text for event in events if isinstance(event, Warned))
+    assert "1 row left out" in warning
 
 
 def test_model_agrees_with_itself(models):
     student, _, encoder = models
-    found = measure(student, encoder, suite(), student).as_json()
+    found = measure(student, encoder, suite(), ComparedTeacher(student)).as_json()
     assert found["kl_teacher_student"] == pytest.approx(0, abs=1e-12)
     assert found["agreement"] == 100
 
 
 def test_batch_size_has_no_effect(models):
     student, teacher, encoder = models
-    one = list(measure(student, encoder, suite(), teacher, batch_size=1).lines())
-    two = list(measure(student, encoder, suite(), teacher, batch_size=4).lines())
+    one = list(measure(student, encoder, suite(), ComparedTeacher(teacher), batch_size=1).lines())
+    two = list(measure(student, encoder, suite(), ComparedTeacher(teacher), batch_size=4).lines())
     assert [line["where"] for line in one] == ["t:0", "t:1", "t:2", "t:3"]
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b)
@@ -98,7 +145,7 @@ def test_long_rows_and_rows_without_reference_are_left_out(models):
 
 def test_saved_figures_are_read_for_the_same_inputs(models, tmp_path):
     student, teacher, encoder = models
-    result = measure(student, encoder, suite(), teacher)
+    result = measure(student, encoder, suite(), ComparedTeacher(teacher))
     save_references(result, tmp_path, {"weights": "1"})
     assert load_references(suite(), tmp_path, {"weights": "1"}) == result.as_json()
     assert load_references(suite(), tmp_path, {"weights": "2"}) is None
