@@ -81,7 +81,8 @@ def outputs_grow(history: History) -> Problem | None:
         return None
     what = f"student outputs keep growing: {lengths[0]:.0f} to {lengths[-1]:.0f} tokens, "
     what += f"{cut[0]:.0%} to {cut[-1]:.0%} of them cut"
-    return what, "check that the teacher's answers and the rows end with the student's end token (data.eos), or mix in rows with --schedule mixed"
+    cure = "check that the teacher's answers and the rows end with the student's end token (data.eos), "
+    return what, cure + "or mix in rows with --schedule mixed"
 
 
 @register_alarm("outputs_cut")
