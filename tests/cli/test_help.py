@@ -27,6 +27,7 @@ from distillm_cli.config.load import shipped
 from distillm_cli.config.shortcuts import METHOD_PANEL, MODELS_PANEL, TRAINING_PANEL, field_flags
 from distillm_cli.errors import CheckpointError, DataError
 from tests.command_line import assert_error_line, exit_code
+from tests.marks import long
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = ("sft", "generate", "distill", "eval", "run", "plan", "pilot", "watch", "chat", "methods", "recipes", "schema")
@@ -142,7 +143,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 @pytest.mark.skipif(
     not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(), reason="needs huge pages set to madvise"
 )
-@pytest.mark.parametrize("enabled", ["1", "0"])
+@pytest.mark.parametrize("enabled", ["1", long("0")])
 def test_huge_pages_hold_large_tensors_unless_disabled(enabled):
     script = """
         import contextlib, io, os, re, sys
@@ -534,7 +535,7 @@ def test_signal_during_an_import_is_not_lost(does, number, tmp_path):
 @pytest.mark.parametrize(
     "argv", ["recipes ls", "recipes ls --json", "recipes show g2p", "methods", "--help", "nothing"]
 )
-@pytest.mark.parametrize("closed", ["1", "012"])
+@pytest.mark.parametrize("closed", ["1", long("012")])
 def test_closed_streams_are_not_an_error(argv, closed):
     script = """
         import os, sys

@@ -455,7 +455,7 @@ print(code, status("VmHWM") - before)
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_cpu_run_uses_planned_memory(planned, tmp_path):
     """Check the planned total against a run with a large vocabulary on student outputs in bf16."""
     words = tiny.tokenizer(size=12_000)
@@ -472,7 +472,7 @@ def test_cpu_run_uses_planned_memory(planned, tmp_path):
     assert 0.75 < planned(*argv)["memory"]["total"] / peak_memory(argv) < 1.5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "fields", "more"),
     [

@@ -153,7 +153,7 @@ def test_recipes_are_checked_against_plugin_schema(cli, tmp_path):
     assert not schema.is_valid(recipe | {"method": "cubes"})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("package", ["four files"], indirect=True)
 def test_plugins_are_used_in_training_and_eval(cli, tmp_path):
     short = ["--teacher", "builtin", "--student", "random:1x32", "--steps", "4", "--data", "letters", "--json"]

@@ -98,9 +98,16 @@ CASES = [
     ("distillm2", ()),
     ("skd", ()),
 ]
+DEFAULT = [("kd", ("train.batch_size=1",)), ("kd", LORA), ("distillm", ROLLOUTS)]
 
 
-@pytest.mark.parametrize(("method", "fields"), CASES, ids=[f"{i}-{name}" for i, (name, _) in enumerate(CASES)])
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        pytest.param(name, fields, id=f"{i}-{name}", marks=[pytest.mark.long] * ((name, fields) not in DEFAULT))
+        for i, (name, fields) in enumerate(CASES)
+    ],
+)
 def test_sharded_run_is_the_same_run(method, fields, pair, tmp_path, capsys, monkeypatch):
     alone(distill("one", *fields, method=method), tmp_path, capsys, monkeypatch)
     together(pair, distill("two", *fields, FULL, method=method), tmp_path)
@@ -153,7 +160,8 @@ def stored(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", ["half", *(pytest.param(name, marks=pytest.mark.long) for name in ("one", "several"))])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["one", "several", "half"])
 def test_student_that_is_read_in_parts(name, stored, pair, tmp_path):
     """Check that the run has the same bits as one whose processes read all weights."""
     fields = (*SAVED, FULL, "eval.report_rows=2", "eval.metrics=exact_match", "student.save_dtype=bf16")
@@ -243,6 +251,7 @@ def test_resume_with_shards_gives_the_same_bits(pair, tmp_path):
     assert_same_weights(tmp_path / "whole", tmp_path / "parts", 0)
 
 
+@pytest.mark.long
 def test_checkpoint_that_does_not_fit_in_memory(pair, tmp_path, capsys, monkeypatch):
     """Check that one that is gathered on disk is the same, leaves nothing else there, and continues in one process."""
     whole = distill("whole", *SAVED, FULL)
@@ -276,6 +285,7 @@ def test_loss_that_is_nan_in_one_process_stops_all(pair, tmp_path):
     assert [read_checkpoint(path).state["progress"]["step"] for path in visible(tmp_path / "run/checkpoints")] == [1]
 
 
+@pytest.mark.long
 def test_memory_that_runs_out_in_one_process_ends_the_run(tmp_path):
     """Check it under a launcher, which ends the other process: that one waits in a pass."""
     script = """
@@ -304,6 +314,7 @@ def test_extras_are_refused(method, fields, pair, tmp_path):
     assert_error((first.code, json.loads(first.out), first.err), "usage.cannot_shard", "needs all weights")
 
 
+@pytest.mark.long
 def test_servers_of_two_processes(pair, tmp_path, capsys, monkeypatch):
     """Check a run with both servers, whose first process alone asks for rollouts, with and without shards."""
     rows = [{"prompt": word, "output": word[::-1] + word} for word in ("abc", "bcd", "cde", "def", "efg", "fgh")]
