@@ -537,14 +537,10 @@ def test_signal_during_an_import_is_not_lost(does, number, tmp_path):
 )
 @pytest.mark.parametrize("closed", ["1", long("012")])
 def test_closed_streams_are_not_an_error(argv, closed):
-    script = """
-        import os, sys
-        closed, *argv = sys.argv[1:]
-        for stream in closed:
-            os.close(int(stream))
-        os.execv(sys.executable, [sys.executable, "-m", "distillm_cli", *argv])
-    """
-    process = python(script, closed, *argv.split())
+    redirections = " ".join(f"{stream}>&-" for stream in closed)
+    command = ["bash", "-c", f'exec "$@" {redirections}', "bash", sys.executable, "-m", "distillm_cli", *argv.split()]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
+    process = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert (process.returncode, process.stdout) == (2 if argv == "nothing" else 0, "")
     assert len(process.stderr.splitlines()) == (argv == "nothing" and closed == "1")
 

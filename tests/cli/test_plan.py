@@ -145,7 +145,7 @@ def test_gpt2_pair_is_planned_from_configs_alone(configs, planned):
 def test_plan_for_several_processes(configs, planned):
     llama = configs / "meta-llama"
     run = ("--teacher", llama / "Llama-3.2-3B-Instruct", "--student", llama / "Llama-3.2-1B-Instruct",
-           "--data", "builtin", "--batch-size", 12, "--set", "train.accumulate=2")  # fmt: skip
+           "--data", "builtin", "--set", "data.size=600", "--batch-size", 12, "--set", "train.accumulate=2")  # fmt: skip
     alone, eight = planned(*run), planned(*run, "--processes", 8)
     several = eight.pop("processes")
     assert (several["number"], several["sequences_each"]) == (8, 3)
@@ -165,7 +165,8 @@ def test_plan_for_several_processes(configs, planned):
 def test_plan_of_a_distributed_student(configs, planned):
     llama = configs / "meta-llama"
     run = ("--teacher", llama / "Llama-3.2-3B-Instruct", "--student", llama / "Llama-3.2-1B-Instruct",
-           "--data", "builtin", "--batch-size", 2, "--set", "train.accumulate=8", "--processes", 4)  # fmt: skip
+           "--data", "builtin", "--set", "data.size=600", "--batch-size", 2, "--set", "train.accumulate=8",
+           "--processes", 4)  # fmt: skip
     whole, shards = planned(*run), planned(*run, "--set", "train.shard=full")
     total, ends, layer = 1_235_814_400, 128_256 * 2048 + 2048, 60_821_504
     assert total == ends + 16 * layer
@@ -223,7 +224,7 @@ def test_plan_from_weights_matches_plan_from_configs(planned, tmp_path):
 
 
 def test_pipeline_is_planned_stage_by_stage(planned):
-    plan = planned("--recipe", "quickstart-pipeline")
+    plan = planned("--recipe", "quickstart-pipeline", "--set", "defaults.data.size=400")
     stages = plan["stages"]
     assert list(stages) == ["teacher", "student", "distill", "eval"]
     models = stages["distill"]["models"]

@@ -280,7 +280,9 @@ def test_missing_files_are_named(tmp_path):
 
 def test_plan_of_pipeline_applies_keywords_to_stages(capfd):
     stages = {"distill": {"objective": {"alpha": 0.35}}}
-    planned = distillm.plan(recipe="quickstart-pipeline", stages=stages, defaults={"train": {"batch_size": 5}})
+    planned = distillm.plan(
+        recipe="quickstart-pipeline", stages=stages, defaults={"train": {"batch_size": 5}, "data": {"size": 400}}
+    )
     assert set(planned.as_json()["stages"]) == set(planned.stages)
     with raises_code("usage.unknown_stage", "nothing"):
         distillm.plan(recipe="quickstart-pipeline", stages={"nothing": {"train": {"lr": 1}}})
