@@ -140,10 +140,11 @@ def test_python_m_runs_the_program():
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not HUGE_PAGES.exists() or "[madvise]" not in HUGE_PAGES.read_text(), reason="needs huge pages set to madvise"
 )
-@pytest.mark.parametrize("enabled", ["1", long("0")])
+@pytest.mark.parametrize("enabled", ["1", "0"])
 def test_huge_pages_hold_large_tensors_unless_disabled(enabled):
     script = """
         import contextlib, io, os, re, sys

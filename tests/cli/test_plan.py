@@ -259,6 +259,7 @@ def plans(configs):
     return found
 
 
+@pytest.mark.long
 def test_every_shipped_recipe_is_planned_from_configs(plans):
     assert {code for code, _, _ in plans.values()} == {0}
     sizes = {
@@ -270,6 +271,7 @@ def test_every_shipped_recipe_is_planned_from_configs(plans):
     assert sizes["llama-3.2-pipeline"] == [1235814400] * 2
 
 
+@pytest.mark.long
 def test_plan_fits_80_columns_and_has_units(plans):
     for name, (_, _, table) in plans.items():
         # Only tables: lines of text are wrapped by the terminal.
@@ -327,6 +329,7 @@ def test_adapter_parameters_and_memory(configs, planned):
     assert adapter["step_flops"]["dataset"] < 0.8 * full["step_flops"]["dataset"], "no gradients of frozen weights"
 
 
+@pytest.mark.long
 def test_encoder_decoder_flops(plans):
     """Check FLOPs of T5-XL → T5-small on SAMSum, for 32 rows of 1,024 + 128 tokens.
 
@@ -352,6 +355,7 @@ def test_encoder_decoder_flops(plans):
     assert (plan["models"]["student"]["encoder_layers"], plan["models"]["student"]["layers"]) == (8, 8)
 
 
+@pytest.mark.long
 def test_flops_and_seconds_of_a_step(plans):
     """Check FLOPs of every source of the adaptive schedule, and its time on an H200, for GPT-2 XL → GPT-2."""
     _, plan, _ = plans["dolly-gpt2"]
@@ -383,6 +387,7 @@ def test_flops_and_seconds_of_a_step(plans):
     assert seconds["rollout"] == pytest.approx(copy_s + sample_s + teacher_s + train_s, rel=1e-6)
 
 
+@pytest.mark.long
 def test_total_memory_is_the_peak(plans):
     """Check that activations and sampling are not added up: OpenLLaMA2 7 B → 3 B with an adapter fits 80 GB."""
     plan = plans["dolly-openllama-pipeline"][1]["stages"]["distill"]

@@ -191,13 +191,14 @@ def test_machines_without_common_memory(pair, tmp_path, capsys, monkeypatch):
     assert alone["teacher_tokens"] < together["teacher_tokens"] < 2 * alone["teacher_tokens"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "launcher",
     [
-        pytest.param(["torch.distributed.run", "--standalone", "--nproc-per-node", "2"], id="torchrun"),
-        # It starts no more on a CPU without MPI.
-        long(["accelerate.commands.launch", "--cpu", "--num_processes", "1"], id="accelerate"),
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        ["accelerate.commands.launch", "--cpu", "--num_processes", "1"],  # it starts no more on a CPU without MPI
     ],
+    ids=["torchrun", "accelerate"],
 )
 def test_launcher(launcher, tmp_path):
     run = ["-m", "distillm_cli", "generate", "--model", "builtin", "--template", "plain", "--max-new-tokens", "3"]

@@ -183,6 +183,7 @@ def test_student_that_is_read_in_parts(name, stored, pair, tmp_path):
     assert all(torch.equal(exported[key], weight.bfloat16()) for key, weight in saved.items())
 
 
+@pytest.mark.long
 def test_weights_of_an_earlier_step_are_restored(stored, pair, tmp_path):
     fields = (f"student.path={stored / 'half'}", "train.select=valid_loss", "train.lr=0.03", "train.warmup=0.99")
     result = together(pair, distill("run", *fields, FULL, method="kd", steps=6), tmp_path)
@@ -273,6 +274,7 @@ def test_checkpoint_that_does_not_fit_in_memory(pair, tmp_path, capsys, monkeypa
     assert_same_run(tmp_path / "whole", tmp_path / "short")
 
 
+@pytest.mark.long
 def test_full_disk_while_a_checkpoint_is_gathered(pair, tmp_path):
     outcomes = pair.run(distill("run", *SAVED, FULL), directory=tmp_path, faults={0: ["memory_and_disk_are_short"]})
     assert_error((outcomes[0].code, json.loads(outcomes[0].out), outcomes[0].err), "storage.failed", "No space left")

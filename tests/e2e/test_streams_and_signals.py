@@ -50,8 +50,9 @@ def assert_weights(directory: Path, expected_weights) -> None:
     assert all(weights[name].equal(weight) for name, weight in expected_weights.items())
 
 
+@pytest.mark.long
 @needs_dev_full
-@pytest.mark.parametrize("unbuffered", ["", long("1")])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_full_disk_of_the_log_does_not_stop_a_run(tmp_path, expected_weights, unbuffered):
     with Path("/dev/full").open("w") as log:
         env = {**ENV, "PYTHONUNBUFFERED": unbuffered}
@@ -179,7 +180,7 @@ def test_full_stdout_is_a_storage_error_after_the_run(tmp_path, expected_weights
     ("words", "code"),
     [("--help", 8), ("--version", 8), ("recipes ls --json", 8), ("recipes show g2p", 8), ("nothing --json", 2)],
 )
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", long("1")])
 def test_full_stdout_gives_one_error_line(words, code, unbuffered):
     with Path("/dev/full").open("w") as stdout:
         command, env = [*PROGRAM, *words.split()], {**ENV, "PYTHONUNBUFFERED": unbuffered}

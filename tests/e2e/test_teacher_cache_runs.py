@@ -207,6 +207,7 @@ def signal_when(argv, number, condition):
     return process.returncode, json.loads(out), err
 
 
+@pytest.mark.long
 def test_sigint_before_the_first_step_writes_nothing(tmp_path):
     """Check SIGINT while the teacher fills a cache on disk."""
     output, cache = tmp_path / "out", tmp_path / "cache"

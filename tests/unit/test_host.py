@@ -14,7 +14,6 @@ from distillm_cli.utils.memory import available_memory
 from distillm_cli.utils.threads import cores
 from tests import tiny
 from tests.command_line import call
-from tests.marks import long
 
 GB = 10**9
 
@@ -55,10 +54,10 @@ def test_this_machine_has_available_memory():
     assert available_memory() > 0
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc's malloc")
 @pytest.mark.parametrize(
-    "environment_settings",
-    [pytest.param({}, id="default"), long({"MALLOC_TRIM_THRESHOLD_": "131072"}, id="environment")],
+    "environment_settings", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}], ids=["default", "environment"]
 )
 def test_freed_memory_is_reused_until_it_is_returned(environment_settings):
     """Count the page faults for large tensors that are allocated, written and freed one after the other."""
