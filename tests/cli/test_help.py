@@ -428,7 +428,7 @@ def test_closed_stdout_pipe_exits_quietly():
         assert (child.returncode, child.stderr.read()) == (141, b"")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, long(signal.SIGTERM)])
 @pytest.mark.parametrize(
     ("module", "check_seconds"),
     [
@@ -498,7 +498,7 @@ def test_earlier_signal_does_not_affect_another_thread(run, monkeypatch):
     assert codes == [2]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, long(signal.SIGTERM)])
 @pytest.mark.parametrize(
     "does",
     [

@@ -49,6 +49,7 @@ def run(package: Path, *argv: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_gradient_of_the_divergence_matches_autograd(package):
     run(package, "check_gradient.py")
 

@@ -17,7 +17,6 @@ from distillm_cli.models.model_paths import BUILTIN_TEACHER
 from tests import tiny
 from tests.command_line import assert_error
 from tests.conftest import ROOT
-from tests.marks import long
 
 SMALL = [
     "--data", "builtin", "--max-length", "64", "--dtype", "fp32", "--device", "cpu", "--batch-size", "8", "--json",
@@ -172,9 +171,8 @@ def test_teacher_cache_depends_on_the_adapter(cli, tmp_path):
     assert len(directories) == 2
 
 
-@pytest.mark.parametrize(
-    "student", [pytest.param(["layers:2", "--lora", "4"], id="lora"), long(["random:1x32"], id="full")]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("student", [["layers:2", "--lora", "4"], ["random:1x32"]], ids=["lora", "full"])
 def test_resume_in_either_stage_matches_uninterrupted_run(cli, tmp_path, student):
     argv = distill("--student", *student, "--set", "student.sft_epochs=2", "--set", "student.sft_lr=2e-3")
     code, full, err = cli(*argv, "--output", "full")

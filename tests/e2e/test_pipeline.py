@@ -152,6 +152,7 @@ def test_continued_pipeline_matches_uninterrupted_run(workdir, cli, capsys):
     assert rouge_scores(workdir / "full") == rouge_scores(out)
 
 
+@pytest.mark.long
 def test_interrupted_pipeline_continues_after_move(workdir, cli, monkeypatch, tmp_path):
     """Check that a stage identifies its inputs by what they were made from, not by their paths."""
     out = workdir / "moving"

@@ -11,6 +11,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from tests.marks import long
+
 ROOT = Path(__file__).resolve().parents[2]
 
 DIVERGENCE = '''
@@ -99,7 +101,7 @@ def install(site: Path, files: dict[str, str], entry_points: dict[str, str]) -> 
     return site
 
 
-@pytest.fixture(scope="module", params=["four files", "one file"])
+@pytest.fixture(scope="module", params=["four files", long("one file")])
 def package(request, tmp_path_factory) -> Path:
     site = tmp_path_factory.mktemp("site")
     if request.param == "one file":

@@ -16,6 +16,7 @@ from distillm_cli.config.methods import METHODS
 from distillm_cli.training.checkpoint import read_checkpoint, visible
 from tests import tiny
 from tests.command_line import CLOCK, assert_error, fields_of
+from tests.e2e.test_sharded_runs import assert_same_run
 from tests.marks import long
 from tests.processes import PATIENCE, ROOT, Processes, signal_arrives
 
@@ -153,6 +154,13 @@ def test_run_in_two_processes_is_the_same_run(method, fields, pair, tmp_path, ca
     together = run_together(pair, distill("two", *fields, method=method, few=few), tmp_path)
     assert_same_metrics(tmp_path / "one", tmp_path / "two")
     assert_same_counts(alone, together)
+
+
+def test_run_with_a_sharded_student_is_the_same_run(pair, tmp_path, capsys, monkeypatch):
+    """Check one case of test_sharded_runs, which is long."""
+    run_alone(distill("one", *ROLLOUTS), tmp_path, capsys, monkeypatch)
+    run_together(pair, distill("two", *ROLLOUTS, "train.shard=full"), tmp_path)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.long

@@ -21,6 +21,8 @@ from tests.command_line import CLOCK, assert_error
 from tests.processes import ROOT, Processes, signal_arrives
 from tests.protocol_server import serving
 
+pytestmark = pytest.mark.long  # test_several_processes has a usual test
+
 FEW = (
     "data.size=40", "data.valid_limit=6", "eval.report_rows=0", "train.threads=1", "train.eval_steps=2",
     "train.log_steps=1", "train.batch_size=4", "rollout.max_new_tokens=4", "student.dropout=0", "train.seed=3",
@@ -98,16 +100,9 @@ CASES = [
     ("distillm2", ()),
     ("skd", ()),
 ]
-DEFAULT = [("kd", ("train.batch_size=1",)), ("kd", LORA), ("distillm", ROLLOUTS)]
 
 
-@pytest.mark.parametrize(
-    ("method", "fields"),
-    [
-        pytest.param(name, fields, id=f"{i}-{name}", marks=[pytest.mark.long] * ((name, fields) not in DEFAULT))
-        for i, (name, fields) in enumerate(CASES)
-    ],
-)
+@pytest.mark.parametrize(("method", "fields"), CASES, ids=[f"{i}-{name}" for i, (name, _) in enumerate(CASES)])
 def test_sharded_run_is_the_same_run(method, fields, pair, tmp_path, capsys, monkeypatch):
     alone(distill("one", *fields, method=method), tmp_path, capsys, monkeypatch)
     together(pair, distill("two", *fields, FULL, method=method), tmp_path)
@@ -126,7 +121,6 @@ def pair_of_plain_passes():
         yield pair
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("family", ["gpt2", "opt-350m", "gemma2", "falcon_h1", "t5"])
 def test_fine_tuning_of_other_families(family, pair_of_plain_passes, tmp_path):
     length = {"gpt2": {"n_positions": 128}, "t5": {}}.get(family, {"max_position_embeddings": 128})
@@ -160,7 +154,6 @@ def stored(tmp_path_factory):
     return root
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", ["one", "several", "half"])
 def test_student_that_is_read_in_parts(name, stored, pair, tmp_path):
     """Check that the run has the same bits as one whose processes read all weights."""
@@ -183,7 +176,6 @@ def test_student_that_is_read_in_parts(name, stored, pair, tmp_path):
     assert all(torch.equal(exported[key], weight.bfloat16()) for key, weight in saved.items())
 
 
-@pytest.mark.long
 def test_weights_of_an_earlier_step_are_restored(stored, pair, tmp_path):
     fields = (f"student.path={stored / 'half'}", "train.select=valid_loss", "train.lr=0.03", "train.warmup=0.99")
     result = together(pair, distill("run", *fields, FULL, method="kd", steps=6), tmp_path)
@@ -196,7 +188,6 @@ def test_weights_of_an_earlier_step_are_restored(stored, pair, tmp_path):
     assert_same_weights(tmp_path / "run", tmp_path / f"run/checkpoints/step-{best:06d}", 0)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("fields", [(), LORA], ids=["full", "lora"])
 def test_fine_tuning_and_a_stage_before_it(fields, pair, tmp_path, capsys, monkeypatch):
     fields = (*fields, "student.sft_epochs=0.2", "student.save_dtype=bf16")
@@ -206,7 +197,6 @@ def test_fine_tuning_and_a_stage_before_it(fields, pair, tmp_path, capsys, monke
     assert_same_weights(tmp_path / "one/sft", tmp_path / "two/sft", 1e-2)
 
 
-@pytest.mark.long
 def test_best_checkpoint_is_selected(pair, tmp_path, capsys, monkeypatch):
     fields = ("train.select=rouge_l", "eval.report_rows=5", "eval.max_new_tokens=5", "eval.metrics=rouge_l")
     one = alone(distill("one", *fields, steps=6, few=FEW_ROWS), tmp_path, capsys, monkeypatch)
@@ -217,7 +207,6 @@ def test_best_checkpoint_is_selected(pair, tmp_path, capsys, monkeypatch):
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("fields", [(), LORA], ids=["full", "lora"])
 @pytest.mark.parametrize(("before", "after"), [(FULL, FULL), (FULL, NONE), (NONE, FULL), (FULL, None), (None, FULL)])
 def test_resume(before, after, fields, pair, tmp_path, capsys, monkeypatch):
@@ -252,7 +241,6 @@ def test_resume_with_shards_gives_the_same_bits(pair, tmp_path):
     assert_same_weights(tmp_path / "whole", tmp_path / "parts", 0)
 
 
-@pytest.mark.long
 def test_checkpoint_that_does_not_fit_in_memory(pair, tmp_path, capsys, monkeypatch):
     """Check that one that is gathered on disk is the same, leaves nothing else there, and continues in one process."""
     whole = distill("whole", *SAVED, FULL)
@@ -274,7 +262,6 @@ def test_checkpoint_that_does_not_fit_in_memory(pair, tmp_path, capsys, monkeypa
     assert_same_run(tmp_path / "whole", tmp_path / "short")
 
 
-@pytest.mark.long
 def test_full_disk_while_a_checkpoint_is_gathered(pair, tmp_path):
     outcomes = pair.run(distill("run", *SAVED, FULL), directory=tmp_path, faults={0: ["memory_and_disk_are_short"]})
     assert_error((outcomes[0].code, json.loads(outcomes[0].out), outcomes[0].err), "storage.failed", "No space left")
@@ -287,7 +274,6 @@ def test_loss_that_is_nan_in_one_process_stops_all(pair, tmp_path):
     assert [read_checkpoint(path).state["progress"]["step"] for path in visible(tmp_path / "run/checkpoints")] == [1]
 
 
-@pytest.mark.long
 def test_memory_that_runs_out_in_one_process_ends_the_run(tmp_path):
     """Check it under a launcher, which ends the other process: that one waits in a pass."""
     script = """
@@ -316,7 +302,6 @@ def test_extras_are_refused(method, fields, pair, tmp_path):
     assert_error((first.code, json.loads(first.out), first.err), "usage.cannot_shard", "needs all weights")
 
 
-@pytest.mark.long
 def test_servers_of_two_processes(pair, tmp_path, capsys, monkeypatch):
     """Check a run with both servers, whose first process alone asks for rollouts, with and without shards."""
     rows = [{"prompt": word, "output": word[::-1] + word} for word in ("abc", "bcd", "cde", "def", "efg", "fgh")]
@@ -339,7 +324,6 @@ def test_servers_of_two_processes(pair, tmp_path, capsys, monkeypatch):
             assert_same_run(tmp_path / "one", tmp_path / shard)
 
 
-@pytest.mark.long
 def test_run_in_bf16(pair, tmp_path):
     for shard in (NONE, FULL):
         together(pair, distill(shard, *ROLLOUTS, shard, "student.dtype=bf16"), tmp_path)

@@ -146,7 +146,7 @@ def test_memory_option_changes_no_figure(fields, run_on, tmp_path):
             ["--teacher-cache", "off", *set_options("train.accumulate=2", "train.gradient_checkpointing=true")],
             id="accumulate",
         ),
-        pytest.param(["--student", "random:t5:1x32", "--teacher", "t5", *set_options("data.template=plain")], id="t5"),
+        long(["--student", "random:t5:1x32", "--teacher", "t5", *set_options("data.template=plain")], id="t5"),
         long(set_options("student.sft_epochs=0.1"), id="sft stage"),
     ],
 )
@@ -160,6 +160,7 @@ def test_training_option_matches_cpu(fields, run_on, tmp_path):
     assert_same_steps(*(steps_of(tmp_path / device) for device in DEVICES))
 
 
+@pytest.mark.long
 def test_resume_matches_uninterrupted_run(run_on, tmp_path):
     argv = ["distill", "--recipe", "questions", *set_options(*DISTILL, *ADAPTIVE, "train.keep=9")]
     full = run_on(simulated_device.NAME, *argv, "--steps", "6", "--output", "full")

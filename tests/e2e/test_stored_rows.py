@@ -68,6 +68,7 @@ def test_stored_rows_give_the_same_run(cli):
     assert bits("stages-off") == bits("stages-on")
 
 
+@pytest.mark.long
 def test_resume_on_stored_rows_is_exact(cli, tmp_path):
     for output in ("whole", "resumed"):
         code, _, err = cli("--output", output, "--set", "data.store=on")

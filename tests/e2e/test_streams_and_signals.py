@@ -101,6 +101,7 @@ def run_and_close_terminal(command: list[str], output: Path, *, ignoring: tuple[
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.long
 @needs_sighup
 def test_closed_terminal_stops_a_run_with_a_checkpoint(tmp_path):
     output = tmp_path / "run"
