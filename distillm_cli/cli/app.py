@@ -12,7 +12,6 @@ import select
 import sys
 import traceback
 from contextlib import nullcontext, suppress
-from functools import cache
 from typing import Annotated, Any
 
 import typer
@@ -122,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     open_streams()
     set_environment()
-    command = _root_command()
+    command = get_command(app)
     if _COMPLETE in os.environ:  # the shell requests completions: typer prints them and exits
         try:
             command.main(argv, prog_name="distillm")
@@ -138,12 +137,6 @@ def main(argv: list[str] | None = None) -> int:
             return _BROKEN_PIPE
         return _report_error(error, argv)
     return code
-
-
-@cache
-def _root_command() -> Any:
-    """Return the command of ``app``. Its options are built once in a process that runs several command lines."""
-    return get_command(app)
 
 
 def _invoke(command: Any, argv: list[str]) -> int:
