@@ -11,8 +11,8 @@ PAIR = [
     "--dtype", "fp32", "--device", "cpu", "--json", "--lr", "3e-3",
 ]  # fmt: skip
 SMALL = [
-    "data.template=plain", "data.size=80", "data.limit=48", "data.valid_limit=12", "rollout.max_new_tokens=12",
-    "train.threads=1", "train.eval_steps=100", "train.log_steps=1", "eval.report_rows=0",
+    "data.template=plain", "data.limit=48", "data.valid_limit=12", "rollout.max_new_tokens=12", "train.threads=1",
+    "train.eval_steps=100", "train.log_steps=1", "eval.report_rows=0",
 ]  # fmt: skip
 
 
