@@ -2,7 +2,7 @@
 default:
     @just --list
 
-# Run all tests in parallel.
+# Run the usual tests in parallel; `just test -m long` runs those that they leave out.
 test *args:
     python -m pytest -n auto --dist loadfile {{args}}
 

@@ -145,7 +145,7 @@ def test_gpt2_pair_is_planned_from_configs_alone(configs, planned):
 def test_plan_for_several_processes(configs, planned):
     llama = configs / "meta-llama"
     run = ("--teacher", llama / "Llama-3.2-3B-Instruct", "--student", llama / "Llama-3.2-1B-Instruct",
-           "--data", "builtin", "--batch-size", 12, "--set", "train.accumulate=2")  # fmt: skip
+           "--data", "builtin", "--set", "data.size=600", "--batch-size", 12, "--set", "train.accumulate=2")  # fmt: skip
     alone, eight = planned(*run), planned(*run, "--processes", 8)
     several = eight.pop("processes")
     assert (several["number"], several["sequences_each"]) == (8, 3)
@@ -165,7 +165,8 @@ def test_plan_for_several_processes(configs, planned):
 def test_plan_of_a_distributed_student(configs, planned):
     llama = configs / "meta-llama"
     run = ("--teacher", llama / "Llama-3.2-3B-Instruct", "--student", llama / "Llama-3.2-1B-Instruct",
-           "--data", "builtin", "--batch-size", 2, "--set", "train.accumulate=8", "--processes", 4)  # fmt: skip
+           "--data", "builtin", "--set", "data.size=600", "--batch-size", 2, "--set", "train.accumulate=8",
+           "--processes", 4)  # fmt: skip
     whole, shards = planned(*run), planned(*run, "--set", "train.shard=full")
     total, ends, layer = 1_235_814_400, 128_256 * 2048 + 2048, 60_821_504
     assert total == ends + 16 * layer
@@ -223,7 +224,7 @@ def test_plan_from_weights_matches_plan_from_configs(planned, tmp_path):
 
 
 def test_pipeline_is_planned_stage_by_stage(planned):
-    plan = planned("--recipe", "quickstart-pipeline")
+    plan = planned("--recipe", "quickstart-pipeline", "--set", "defaults.data.size=400")
     stages = plan["stages"]
     assert list(stages) == ["teacher", "student", "distill", "eval"]
     models = stages["distill"]["models"]
@@ -258,6 +259,7 @@ def plans(configs):
     return found
 
 
+@pytest.mark.long
 def test_every_shipped_recipe_is_planned_from_configs(plans):
     assert {code for code, _, _ in plans.values()} == {0}
     sizes = {
@@ -269,6 +271,7 @@ def test_every_shipped_recipe_is_planned_from_configs(plans):
     assert sizes["llama-3.2-pipeline"] == [1235814400] * 2
 
 
+@pytest.mark.long
 def test_plan_fits_80_columns_and_has_units(plans):
     for name, (_, _, table) in plans.items():
         # Only tables: lines of text are wrapped by the terminal.
@@ -326,6 +329,7 @@ def test_adapter_parameters_and_memory(configs, planned):
     assert adapter["step_flops"]["dataset"] < 0.8 * full["step_flops"]["dataset"], "no gradients of frozen weights"
 
 
+@pytest.mark.long
 def test_encoder_decoder_flops(plans):
     """Check FLOPs of T5-XL → T5-small on SAMSum, for 32 rows of 1,024 + 128 tokens.
 
@@ -351,6 +355,7 @@ def test_encoder_decoder_flops(plans):
     assert (plan["models"]["student"]["encoder_layers"], plan["models"]["student"]["layers"]) == (8, 8)
 
 
+@pytest.mark.long
 def test_flops_and_seconds_of_a_step(plans):
     """Check FLOPs of every source of the adaptive schedule, and its time on an H200, for GPT-2 XL → GPT-2."""
     _, plan, _ = plans["dolly-gpt2"]
@@ -382,6 +387,7 @@ def test_flops_and_seconds_of_a_step(plans):
     assert seconds["rollout"] == pytest.approx(copy_s + sample_s + teacher_s + train_s, rel=1e-6)
 
 
+@pytest.mark.long
 def test_total_memory_is_the_peak(plans):
     """Check that activations and sampling are not added up: OpenLLaMA2 7 B → 3 B with an adapter fits 80 GB."""
     plan = plans["dolly-openllama-pipeline"][1]["stages"]["distill"]
@@ -455,7 +461,7 @@ print(code, status("VmHWM") - before)
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_cpu_run_uses_planned_memory(planned, tmp_path):
     """Check the planned total against a run with a large vocabulary on student outputs in bf16."""
     words = tiny.tokenizer(size=12_000)
@@ -472,7 +478,7 @@ def test_cpu_run_uses_planned_memory(planned, tmp_path):
     assert 0.75 < planned(*argv)["memory"]["total"] / peak_memory(argv) < 1.5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "fields", "more"),
     [

@@ -97,6 +97,7 @@ def test_server_beyond_this_machine_is_warned_of(capsys, tmp_path, cache):
     assert "VLLM_SERVER_DEV_MODE" in err
 
 
+@pytest.mark.long
 def test_start_replaces_the_process_by_the_server(tmp_path):
     program = tmp_path / "vllm"
     program.write_text('#!/bin/sh\necho "$VLLM_SERVER_DEV_MODE $*"\n')

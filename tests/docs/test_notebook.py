@@ -10,7 +10,7 @@ import pytest
 NOTEBOOK = Path(__file__).resolve().parents[2] / "docs" / "notebooks" / "your_own_pair.ipynb"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_notebook_runs_and_the_student_improves(tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")

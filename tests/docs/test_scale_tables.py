@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import ROOT
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_table_is_what_plan_predicts():
     page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
     table = page.split("<!-- scale table -->\n")[1].split("<!-- end of scale table -->")[0]

@@ -49,11 +49,12 @@ def run(package: Path, *argv: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_gradient_of_the_divergence_matches_autograd(package):
     run(package, "check_gradient.py")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_commands_of_the_page_run(package):
     commands = [
         line.removeprefix("distillm ")

@@ -171,6 +171,7 @@ def test_teacher_cache_depends_on_the_adapter(cli, tmp_path):
     assert len(directories) == 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("student", [["layers:2", "--lora", "4"], ["random:1x32"]], ids=["lora", "full"])
 def test_resume_in_either_stage_matches_uninterrupted_run(cli, tmp_path, student):
     argv = distill("--student", *student, "--set", "student.sft_epochs=2", "--set", "student.sft_lr=2e-3")
@@ -215,6 +216,7 @@ def test_resume_in_either_stage_matches_uninterrupted_run(cli, tmp_path, student
     assert not (tmp_path / "in-distill" / "sft").exists(), "the stage of the earlier run was removed"
 
 
+@pytest.mark.long
 def test_resume_after_ctrl_c_in_sft_stage(cli, tmp_path):
     argv = distill("--student", "random:1x32", "--set", "student.sft_epochs=6", "--set", "eval.report_rows=0")
     metrics = tmp_path / "resumed" / "sft" / "metrics.jsonl"

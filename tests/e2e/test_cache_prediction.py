@@ -9,6 +9,7 @@ from distillm_cli.config.load import resolve
 from distillm_cli.runs.cache_size import CacheWorkload
 from distillm_cli.runs.defaults import fitted
 from distillm_cli.runs.plan import plan_from_configs
+from tests.marks import long
 
 FIELDS = [
     "data.size=60",
@@ -37,7 +38,7 @@ def arguments(*fields: str) -> list[str]:
     return [*MODELS, "--json", *(word for field in (*FIELDS, *fields) for word in ("--set", field))]
 
 
-@pytest.mark.parametrize("mode", ["memory", "disk", "auto"])
+@pytest.mark.parametrize("mode", ["auto", long("memory"), long("disk")])
 def test_cache_has_the_planned_size(mode, cli, tmp_path):
     more = (f"teacher.cache={mode}", f"teacher.cache_dir={tmp_path / 'cache'}")
     _, plan, err = cli("plan", *arguments(*more))

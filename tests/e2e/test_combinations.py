@@ -14,6 +14,7 @@ from distillm_cli.training import checkpoint
 from distillm_cli.training.trainer import Trainer
 from tests import tiny
 from tests.command_line import assert_error
+from tests.marks import long
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SETS = (
@@ -71,9 +72,10 @@ CASES += [
     ("llama", "adaptive", ["--lora", RANK]),
     ("llama", "rounds", ["--lora", RANK]),
 ]
+DEFAULT = [("t5", "adaptive", ["--lora", RANK]), ("llama", "rounds", ["--lora", RANK])]
 
 
-@pytest.mark.parametrize(("family", "kind", "lora"), CASES)
+@pytest.mark.parametrize(("family", "kind", "lora"), [case if case in DEFAULT else long(*case) for case in CASES])
 def test_resume_matches_uninterrupted_run(family, kind, lora, workdir, tmp_path, cli, monkeypatch):
     settings = ["--student", "random:1x32", "--schedule", kind, *lora, *([] if kind == "off" else BULK)]
     settings += ADAPTIVE if kind == "adaptive" else []
@@ -125,6 +127,7 @@ def test_adapter_changes_student_layers_by_its_rank(spec, layers, workdir, tmp_p
     assert changed == 7 * len(layers)
 
 
+@pytest.mark.long
 def test_t5_adapter_scores_like_the_merged_model(workdir, tmp_path, cli):
     base = ["--student", workdir / "t5", "--lora", RANK, "--schedule", "on", *BULK]
     for output in ("merged", "adapter"):
@@ -200,7 +203,7 @@ def test_signal_while_torch_reads_is_an_interruption(library_result, workdir, tm
     assert cli(*argv, "--resume")[0] == 0, "the signal does not affect the next command"
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", long("llama")])
 def test_float16_teacher_with_bfloat16_student(family, tmp_path, cli):
     """Check a pair of two dtypes: bfloat16 autocast supports neither stacked float16 states nor GPT-2's norms in float16."""
     rows = [{"prompt": "ab" * (1 + i), "completion": "ba" * (1 + i % 5)} for i in range(24)]

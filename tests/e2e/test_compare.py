@@ -51,6 +51,7 @@ def test_baselines_equal_runs_typed_by_hand(cli, workdir, compared):  # noqa: F8
     assert json.loads((workdir / "run/result.json").read_text())["baselines"] == result["baselines"]
 
 
+@pytest.mark.long
 def test_comparison_resumes(cli, workdir, compared):  # noqa: F811
     """Check a run that was interrupted after the first baseline."""
     result, _ = compared
@@ -62,6 +63,7 @@ def test_comparison_resumes(cli, workdir, compared):  # noqa: F811
     assert [b["figures"] for b in resumed["baselines"]] == [b["figures"] for b in result["baselines"]]
 
 
+@pytest.mark.long
 def test_overwrite_replaces_the_baselines(cli, workdir, compared):  # noqa: F811
     (workdir / "run/compare/sft/mine.txt").write_text("mine")
     code, result, err = cli(*RUN, "--steps", "6", "--output", "run", "--compare", "--overwrite")
@@ -77,6 +79,7 @@ def test_table_has_the_baselines_before_the_student(capsys, workdir):  # noqa: F
     assert lines[start : start + 4] == ["student before", "sft", "off-policy", "student after"]
 
 
+@pytest.mark.long
 def test_baselines_of_a_run_with_fine_tuning(cli, workdir):  # noqa: F811
     """Check that off-policy starts after the fine-tuning, and that SFT has its steps in addition."""
     code, result, err = cli(*RUN, "--set", "student.sft_epochs=1", "--steps", "4", "--output", "run", "--compare")

@@ -14,6 +14,7 @@ from distillm_cli.runs import prepare
 from tests import chat_models
 from tests.chat_models import CALLS, CHAT, USER, loop
 from tests.command_line import assert_error
+from tests.marks import long
 
 TRAIN = ["--batch-size", "4", "--lr", "3e-3", "--dtype", "fp32", "--device", "cpu", "--json"]
 QUIET = [f"--set={field}" for field in ("train.threads=1", "eval.report_rows=0", "train.save_steps=1000")]
@@ -133,6 +134,7 @@ def test_student_stops_after_tool_calls(cli, tmp_path, command):
     assert GenerationConfig.from_pretrained("a").eos_token_id == ends
 
 
+@pytest.mark.long
 def test_adapter_of_a_base_model_stops_at_turn_end(cli, tmp_path):
     """Check that the directory of an adapter has the end-of-turn token, which the base model's config lacks."""
     data = lines(tmp_path / "rows.jsonl", reversed_words())
@@ -323,7 +325,10 @@ CASES = {  # file → exit code of fine-tuning a chat model on it
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+DEFAULT = ("multi-turn", "parquet-null-args", "tools-column", "weight-zero")
+
+
+@pytest.mark.parametrize("name", [name if name in DEFAULT else long(name) for name in CASES])
 def test_rows_of_many_formats(cli, tmp_path, shared_data, name):
     """Check each file with plan, sft, generate and eval."""
     (file,) = (shared_data.parent / "cases").glob(f"{name}.*")

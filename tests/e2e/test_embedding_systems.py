@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from distillm_cli.training.trainer import Trainer
 from tests import tiny
 from tests.command_line import assert_error
+from tests.marks import long
 
 SHORT = [
     "--steps", "8", "--batch-size", "4",
@@ -52,10 +53,11 @@ RUNS = [
     (HIDDEN, "t5", ["--set", "train.accumulate=2", "--student", "random:t5:1x16"]),
     (ROBUST, None, ["--set", "data.mixup=0.4"]),
 ]
+IDS = ["mixkd", "mixkd-t5", "kdiga", "kdiga-t5", "hidden", "hidden-t5", "sft"]
 
 
 @pytest.mark.parametrize(
-    ("argv", "family", "settings"), RUNS, ids=["mixkd", "mixkd-t5", "kdiga", "kdiga-t5", "hidden", "hidden-t5", "sft"]
+    ("argv", "family", "settings"), [case if case[1] != "t5" else long(*case) for case in RUNS], ids=IDS
 )
 def test_resume_matches_uninterrupted_run(cli, monkeypatch, tmp_path, argv, family, settings):
     argv = [*argv, *settings]

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer
 from distillm_cli.models.sentence import load_encoder
 from tests import tiny
 from tests.command_line import assert_error, call
+from tests.marks import long
 
 SMALL = [
     "--batch-size", "8", "--lr", "3e-4", "--dtype", "fp32", "--set", "train.threads=1", "--set", "train.save_steps=2",
@@ -172,7 +173,7 @@ def without_steps_after(output, step):
         (Path(output) / name).unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("fields", [{}, {"data__bucket": 2, "train__accumulate": 2}])
+@pytest.mark.parametrize("fields", [{}, long({"data__bucket": 2, "train__accumulate": 2})])
 def test_resume_restores_queue_and_temperature(cli, workdir, fields):
     """Check that a resumed run has the same weights, queue, τ and W as an uninterrupted one, to the bit."""
     argv = [*distill(train__keep=3, **({"disco__queue": 20} | fields)), "--steps", "6"]
@@ -189,6 +190,7 @@ def test_resume_restores_queue_and_temperature(cli, workdir, fields):
     assert same(*states)
 
 
+@pytest.mark.long
 def test_killed_process_resumes_to_the_same_bits(cli, workdir):
     argv = [*distill(), "--steps", "30"]
     code, _, err = cli(*argv, "--output", "full")
@@ -206,7 +208,7 @@ def test_killed_process_resumes_to_the_same_bits(cli, workdir):
     assert same(weights("full"), weights("killed"))
 
 
-@pytest.mark.parametrize("killed_in", ["distilled", "."])
+@pytest.mark.parametrize("killed_in", ["distilled", long(".")])
 def test_pairs_follow_the_distillation(cli, workdir, killed_in):
     """Check both stages, and a resume in either of them."""
     argv = [*distill(disco__pairs_epochs=1.2, disco__pairs_lr=1e-3, train__keep=5), "--steps", "4"]

@@ -15,6 +15,7 @@ import pytest
 from distillm_cli.servers import http
 from tests import tiny
 from tests.command_line import assert_error
+from tests.marks import long
 from tests.protocol_server import serving
 
 
@@ -186,7 +187,7 @@ def test_invalid_address_is_refused(cli, model, rows):
     assert_error(outcome, "usage.invalid_value", "--server", "http://127.0.0.1:8000")
 
 
-@pytest.mark.parametrize("template", ["auto", "plain"])
+@pytest.mark.parametrize("template", ["auto", long("plain")])
 def test_teacher_that_is_only_an_api_serves_sequence_level_distillation(cli, model, rows, template, tmp_path):
     """Check that a student trains on responses of a server's model, of which nothing is here."""
     teacher = tiny.save(tmp_path / "teacher", seed=8)
@@ -261,6 +262,7 @@ def test_library_generates_by_a_server(model):
     assert len(result.responses) == 1
 
 
+@pytest.mark.long
 def test_ctrl_c_ends_a_generation_that_waits_for_its_server(model, tmp_path):
     with serving(model) as server:
         command = [sys.executable, "-m", "distillm_cli", "generate", "--model", model, "--prompt", "abc", "--n", "4"]

@@ -51,6 +51,7 @@ def test_part_out_of_time_keeps_its_rows(tmp_path):
     assert last == {"skipped": "out of time"}
 
 
+@pytest.mark.long
 def test_part_that_fails_is_recorded(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['transformers'] = None\n")
     parts, page = results(tmp_path, "--parts", "rollouts", "machine", PYTHONPATH=str(tmp_path))

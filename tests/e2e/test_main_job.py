@@ -303,6 +303,7 @@ def test_overwrite_deletes_only_files_of_a_run(workdir, tmp_path, capsys):
     assert (output / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.long
 def test_parquet_rows_are_read_during_imports_on_one_core(workdir, tmp_path):
     """Check that a thread reads the rows, while the main thread imports transformers, if there is only one core."""
     examples = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(40)]
@@ -455,6 +456,7 @@ def test_real_rows_with_a_real_tokenizer(shared_data, tmp_path, capsys, monkeypa
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
+@pytest.mark.long
 def test_quickstart_runs_and_its_teacher_is_good(tmp_path, capsys, monkeypatch):
     """Check a few steps of the shipped recipe: it uses rollouts, and its teacher pronounces most words."""
     monkeypatch.chdir(tmp_path)
@@ -471,6 +473,7 @@ def test_quickstart_runs_and_its_teacher_is_good(tmp_path, capsys, monkeypatch):
     assert again["output"].endswith("distillm-2")
 
 
+@pytest.mark.long
 def test_teacher_of_the_questions_is_good(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = ["--steps", "2", "--set", "data.size=640", "--set", "eval.report_rows=90"]
@@ -492,6 +495,7 @@ def test_builtin_teacher_and_student_sizes(recipe):
     assert teacher >= 5 * student
 
 
+@pytest.mark.long
 def test_ctrl_c_stops_a_shell_loop(workdir, tmp_path):
     """Check Ctrl-C in a shell loop: the current run saves a checkpoint, and the next one does not start."""
     argv = [str(a) for a in distill_argv(workdir, "run-$i", "--steps", "4000", "--set", "train.eval_steps=1000")]

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from distillm_cli.training.trainer import Trainer
 from tests import tiny
 from tests.command_line import assert_error
+from tests.marks import long
 
 SHORT = [
     "--recipe", "questions", "--method", "minillm", "--student", "random:1x32", "--steps", "6", "--batch-size", "4",
@@ -40,7 +41,7 @@ def test_quickstart_pair_in_rounds(cli, tmp_path):
     AutoModelForCausalLM.from_pretrained("run")
 
 
-@pytest.mark.parametrize(("family", "cache"), [("llama", "memory"), ("llama", "disk"), ("t5", "memory")])
+@pytest.mark.parametrize(("family", "cache"), [("llama", "memory"), long("llama", "disk"), long("t5", "memory")])
 def test_resume_within_a_round_matches_uninterrupted_run(cli, monkeypatch, tmp_path, family, cache):
     """Check an interruption in the second epoch, where the cached teacher states of the rows are read again.
 

@@ -113,6 +113,7 @@ def test_overwrite_does_not_delete_files_of_the_user(workdir, capsys):
     AutoModelForCausalLM.from_pretrained("run")
 
 
+@pytest.mark.long
 def test_only_one_of_two_runs_uses_the_directory(workdir):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     argv = [sys.executable, "-m", "distillm_cli", "sft", "--model", "random:1x32", "--tokenizer", "chars", *TINY]

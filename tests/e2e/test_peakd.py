@@ -13,6 +13,7 @@ from distillm_cli.models.model_paths import BUILTIN_TEACHER
 from tests import tiny
 from tests.command_line import assert_error
 from tests.e2e.test_built_students import SMALL, remove_after, same_weights, weights
+from tests.marks import long
 
 RUN = [*SMALL, "--set", "train.save_steps=2", "--set", "train.keep=9", "--set", "train.eval_steps=3", "--steps", "6"]
 
@@ -32,7 +33,7 @@ def peakd(teacher, *more):
     return ["distill", "--method", "peakd", "--teacher", teacher, *RUN, *more]
 
 
-@pytest.mark.parametrize("teacher", ["llama", "gpt2"])
+@pytest.mark.parametrize("teacher", ["llama", long("gpt2")])
 def test_resume_anywhere_matches_uninterrupted_run(cli, teachers, teacher):
     argv = peakd(teacher, "--set", "student.ptp=2", "--set", "student.ptp_lr=1e-2")
     code, full, err = cli(*argv, "--output", "full")
@@ -82,6 +83,7 @@ def test_resume_anywhere_matches_uninterrupted_run(cli, teachers, teacher):
     assert (teachers / "between" / "ptp" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.long
 def test_micro_batches_and_the_teacher_cache_change_only_rounding(cli, teachers):
     reports = {}
     for name, more in {

@@ -107,6 +107,7 @@ def test_pilot_ends_with_a_table_answers_and_a_recipe(cli, pilot, tmp_path):
     assert_error(pilot("--minutes", 5, "--seed", 7, "--output", "out"), "checkpoint.changed", "train.seed")
 
 
+@pytest.mark.long
 def test_interrupted_pilot_continues_to_the_same_result(pair, tmp_path):
     """Interrupt a pilot again and again: no trial is repeated, and those on rows have the scores of an uninterrupted one.
 

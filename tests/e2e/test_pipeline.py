@@ -152,6 +152,7 @@ def test_continued_pipeline_matches_uninterrupted_run(workdir, cli, capsys):
     assert rouge_scores(workdir / "full") == rouge_scores(out)
 
 
+@pytest.mark.long
 def test_interrupted_pipeline_continues_after_move(workdir, cli, monkeypatch, tmp_path):
     """Check that a stage identifies its inputs by what they were made from, not by their paths."""
     out = workdir / "moving"
@@ -172,6 +173,7 @@ def test_interrupted_pipeline_continues_after_move(workdir, cli, monkeypatch, tm
     assert all(torch.equal(full[key], moved[key]) for key in full)
 
 
+@pytest.mark.long
 def test_interrupted_sft_of_a_distill_stage_continues(workdir, cli):
     """Check an interruption of the fine-tuning before a distillation, which has its own checkpoints."""
     stage = "\n".join(line for line in RECIPE.splitlines() if not line.startswith("  student: {verb"))
@@ -213,6 +215,7 @@ def rouge_scores(directory):
     return [(p.parts[-3], json.loads(p.read_text())["rouge_l"]) for p in files]
 
 
+@pytest.mark.long
 def test_killed_pipeline_continues(workdir, cli):
     """Check SIGKILL: the same command continues the stage, or restarts it if there is no checkpoint."""
     process = subprocess.Popen(

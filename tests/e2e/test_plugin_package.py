@@ -11,6 +11,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from tests.marks import long
+
 ROOT = Path(__file__).resolve().parents[2]
 
 DIVERGENCE = '''
@@ -99,7 +101,7 @@ def install(site: Path, files: dict[str, str], entry_points: dict[str, str]) -> 
     return site
 
 
-@pytest.fixture(scope="module", params=["four files", "one file"])
+@pytest.fixture(scope="module", params=["four files", long("one file")])
 def package(request, tmp_path_factory) -> Path:
     site = tmp_path_factory.mktemp("site")
     if request.param == "one file":
@@ -153,7 +155,7 @@ def test_recipes_are_checked_against_plugin_schema(cli, tmp_path):
     assert not schema.is_valid(recipe | {"method": "cubes"})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("package", ["four files"], indirect=True)
 def test_plugins_are_used_in_training_and_eval(cli, tmp_path):
     short = ["--teacher", "builtin", "--student", "random:1x32", "--steps", "4", "--data", "letters", "--json"]

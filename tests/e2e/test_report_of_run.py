@@ -74,6 +74,7 @@ def test_page_off_by_default(capsys):
     assert found["recipe"]["eval"]["report_page"] is False
 
 
+@pytest.mark.long
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_page_is_narrow_enough_for_a_phone(run, tmp_path):
     # A script, which the policy of the page forbids, measures whether the page must be scrolled sideways.

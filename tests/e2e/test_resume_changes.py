@@ -11,6 +11,7 @@ from distillm_cli.cli.app import main
 from distillm_cli.utils import manifest
 from tests.command_line import assert_error
 from tests.e2e.test_main_job import SMALL, rows, write
+from tests.marks import long
 
 KD = ["distill", "--method", "kd", "--teacher", "teacher", "--student", "random:1x24", "--data", "data", *SMALL]
 SAVING = ["--keep", "2", "--set", "train.save_steps=2", "--set", "train.eval_steps=2"]
@@ -35,8 +36,10 @@ def equal_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("length", ["steps", "epochs"])
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize(
+    ("schedule", "length"),
+    [("constant", "steps"), long("constant", "epochs"), long("cosine", "steps"), ("cosine", "epochs")],
+)
 def test_resume_with_more_steps(cli, workdir, length, schedule):
     """Check that a run resumed with more steps matches a long run if the learning rate is constant."""
     argv = [*KD, *SAVING, "--set", f"train.lr_schedule={schedule}", "--lr", "1e-3"]
@@ -142,8 +145,8 @@ def test_checkpoint_with_other_weights_is_an_error(cli, finished_run, tmp_path):
     [
         # With φ = 0.5 there are rollouts and replay from the start; validations change it.
         ("schedule.trigger=gap", "schedule.phi=0.5"),
-        ("schedule.trigger=gain", "schedule.phi=0.5"),
-        ("schedule.kind=auto", "schedule.rollout_cost=0.1"),  # the rows of a short run are not fitted
+        long(("schedule.trigger=gain", "schedule.phi=0.5")),
+        long(("schedule.kind=auto", "schedule.rollout_cost=0.1")),  # the rows of a short run are not fitted
         ("schedule.kind=mixed", "schedule.replay=constant", "schedule.freshness=true", "rollout.prefix=2->6"),
     ],
 )

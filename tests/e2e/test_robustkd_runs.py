@@ -15,6 +15,7 @@ from distillm_cli.cli.app import main
 from distillm_cli.training.trainer import Trainer
 from tests import tiny
 from tests.command_line import assert_error
+from tests.marks import long
 
 SHORT = [
     "--recipe", "questions", "--method", "robustkd", "--student", "random:1x32", "--steps", "4", "--batch-size", "4",
@@ -84,7 +85,7 @@ def interrupted(cli, monkeypatch, command, at):
     ("family", "more"),
     [
         ("llama", ["--set", "schedule.kind=on", "--divergence", "skl", "--set", "student.sft_epochs=0.1"]),
-        ("t5", ["--student", "random:t5:1x32"]),
+        long("t5", ["--student", "random:t5:1x32"]),
     ],
 )
 def test_resume_in_both_stages_matches_uninterrupted_run(cli, monkeypatch, tmp_path, family, more):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from distillm_cli.rollouts import server_sampler
 from tests import tiny
 from tests.command_line import assert_error, untimed
+from tests.marks import long
 from tests.protocol_server import serving
 
 WORDS = ("abc", "bcd", "cde", "def", "efg", "fgh", "ghi", "hij", "ijk", "jkl", "klm", "lmn")
@@ -76,7 +77,7 @@ def assert_equal_weights(one, other, tolerance=0.0):
 # Rollouts
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("lora", [pytest.param(False, id="full"), long(True, id="lora")])
 def test_greedy_rollouts_of_a_server_give_the_same_run(cli, models, lora):
     more = ["--set", "rollout.temperature=0", *(["--lora", 4] if lora else [])]
     own, _ = run(cli, models, "own", *more)
@@ -92,6 +93,7 @@ def test_greedy_rollouts_of_a_server_give_the_same_run(cli, models, lora):
     assert 0 < draws <= result["rollout_steps"], "one synchronization for each bulk"
 
 
+@pytest.mark.long
 def test_padded_rows_of_the_head_are_never_sampled(cli, models, tmp_path):
     padded = {**models, "student": tiny.save(tmp_path / "padded", rows=tiny.VOCAB + 7, seed=2)}
     own, _ = run(cli, padded, "own", "--set", "rollout.temperature=0")
@@ -102,13 +104,14 @@ def test_padded_rows_of_the_head_are_never_sampled(cli, models, tmp_path):
     assert sorted(map(int, biases)) == list(range(tiny.VOCAB, tiny.VOCAB + 7))
 
 
+@pytest.mark.long
 def test_student_in_bf16_is_sent_and_compared_in_bf16(cli, models):
     with serving(models["student"], dtype=torch.bfloat16) as server:
         run(cli, models, "out", "--set", "student.dtype=bf16", "--rollout-server", server.url)
         assert server.model.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("student", ["random:2x32", "shared:1x2", "layers:1"])
+@pytest.mark.parametrize("student", ["layers:1", long("random:2x32"), long("shared:1x2")])
 def test_student_that_the_run_builds_is_served(cli, models, student):
     """Check that the directory of ``distillm serve rollouts`` takes the weights of the run."""
     built = {**models, "student": student}
@@ -143,6 +146,7 @@ def test_weights_go_through_the_configured_directory_and_leave_nothing(cli, mode
     assert list(shared.iterdir()) == []
 
 
+@pytest.mark.long
 def test_student_of_both_halves_of_pairs_is_sampled_by_the_server(cli, models):
     more = ["--method", "distillm2", "--set", "schedule.kind=pairs", "--set", "rollout.temperature=0"]
     own, _ = run(cli, models, "own", *more)
@@ -232,8 +236,14 @@ def test_slow_server_is_an_error_after_the_timeout(cli, models, monkeypatch):
 # A served teacher
 
 
-@pytest.mark.parametrize("cache", ["off", "memory", "disk"])
-@pytest.mark.parametrize("method", ["distillm", "jsd"])
+@pytest.mark.parametrize(
+    ("method", "cache"),
+    [
+        ("distillm", "memory"),
+        *(long("distillm", cache) for cache in ("off", "disk")),
+        *(long("jsd", cache) for cache in ("off", "memory", "disk")),
+    ],
+)
 def test_served_teacher_gives_the_same_run(cli, models, tmp_path, cache, method):
     more = ["--set", f"teacher.cache_dir={tmp_path}/cache", "--set", "rollout.temperature=0"]
     more += ["--divergence", "jsd"] if method == "jsd" else []
@@ -268,6 +278,7 @@ def test_head_is_read_from_the_files_of_each_family(family, tmp_path):
     assert held <= tiny.VOCAB * 33, "only the head is loaded"
 
 
+@pytest.mark.long
 def test_warm_disk_cache_is_shared_by_served_runs(cli, models, tmp_path):
     more = ["--set", f"teacher.cache_dir={tmp_path}/cache", "--teacher-cache", "disk"]
     with serving(models["teacher"], pools=True) as server:
@@ -278,6 +289,7 @@ def test_warm_disk_cache_is_shared_by_served_runs(cli, models, tmp_path):
     assert second["teacher_tokens"] < first["teacher_tokens"]
 
 
+@pytest.mark.long
 def test_served_teacher_that_dies_is_an_error_and_the_run_goes_on(cli, models):
     more = ["--teacher-cache", "off", "--set", "rollout.temperature=0"]
     with serving(models["teacher"], pools=True) as server:
@@ -298,6 +310,7 @@ def test_served_teacher_that_dies_is_an_error_and_the_run_goes_on(cli, models):
         assert_equal_weights(output, "whole")
 
 
+@pytest.mark.long
 def test_validation_that_fails_is_made_up_for(cli, models):
     more = ["--teacher-cache", "off", "--set", "train.select=valid_divergence"]
     with serving(models["teacher"], pools=True) as server:
@@ -338,6 +351,7 @@ def test_states_no_better_than_chance_are_refused(cli, models, tmp_path):
     assert_error(outcome, "server.other_model", "no better than chance")
 
 
+@pytest.mark.long
 def test_teacher_that_knows_the_rows_is_accepted_and_compared(cli):
     """Check a stock pooling server, and the baselines of a run whose teacher has no scores."""
     from distillm_cli.models.model_paths import locate_model
@@ -377,6 +391,7 @@ def test_missing_states_stop_the_run_before_the_first_step(cli, models):
     assert_error(outcome, "server.invalid_answer", "shape")
 
 
+@pytest.mark.long
 def test_both_servers_give_the_same_run(cli, models):
     more = ["--set", "rollout.temperature=0", "--method", "gkd"]
     own, _ = run(cli, models, "own", *more)

@@ -16,6 +16,8 @@ from distillm_cli.config.methods import METHODS
 from distillm_cli.training.checkpoint import read_checkpoint, visible
 from tests import tiny
 from tests.command_line import CLOCK, assert_error, fields_of
+from tests.e2e.test_sharded_runs import assert_same_run
+from tests.marks import long
 from tests.processes import PATIENCE, ROOT, Processes, signal_arrives
 
 FEW = (
@@ -132,15 +134,15 @@ VARIANTS = [
     ),
 ]
 CASES = [*PRESETS, *VARIANTS]
-# They differ from another method in the divergence of a token or in the schedule alone, which processes do not share.
-LONG = ("imitkd", "gkd", "akl", "ab", "amid")
+# Rows alone, student outputs, a teacher that is trained, embeddings, and an adaptive schedule with replay.
+DEFAULT = [("kd", ()), ("distillm2", ()), ("okd", ()), ("disco", ()), VARIANTS[0]]
 ROLLOUTS = ("schedule.phi=0.6", "schedule.warm_up=none", "schedule.capacity=16")
 
 
 @pytest.mark.parametrize(
     ("method", "fields"),
     [
-        pytest.param(name, fields, id=f"{i}-{name}", marks=[pytest.mark.long] * (name in LONG))
+        pytest.param(name, fields, id=f"{i}-{name}", marks=[pytest.mark.long] * ((name, fields) not in DEFAULT))
         for i, (name, fields) in enumerate(CASES)
     ],
 )
@@ -154,6 +156,14 @@ def test_run_in_two_processes_is_the_same_run(method, fields, pair, tmp_path, ca
     assert_same_counts(alone, together)
 
 
+def test_run_with_a_sharded_student_is_the_same_run(pair, tmp_path, capsys, monkeypatch):
+    """Check one case of test_sharded_runs, which is long."""
+    run_alone(distill("one", *ROLLOUTS), tmp_path, capsys, monkeypatch)
+    run_together(pair, distill("two", *ROLLOUTS, "train.shard=full"), tmp_path)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.long
 def test_fine_tuning_on_scored_pairs(pair, tmp_path, capsys, monkeypatch):
     tiny.save_encoder(tmp_path / "teacher")
     pairs = [{"sentence1": f"say {a}", "sentence2": f"tell {b}", "score": (i * j) % 5 + 1}
@@ -168,6 +178,7 @@ def test_fine_tuning_on_scored_pairs(pair, tmp_path, capsys, monkeypatch):
     assert_same_metrics(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.long
 def test_more_processes_than_rows_of_a_step(trio, tmp_path, capsys, monkeypatch):
     for method, *fields in (("kd", "train.batch_size=2"), ("minillm", "train.batch_size=1"), ("distillm", *ROLLOUTS)):
         alone = run_alone(distill(f"{method}-1", *fields, method=method), tmp_path, capsys, monkeypatch)
@@ -176,6 +187,7 @@ def test_more_processes_than_rows_of_a_step(trio, tmp_path, capsys, monkeypatch)
         assert_same_counts(alone, together)
 
 
+@pytest.mark.long
 def test_machines_without_common_memory(pair, tmp_path, capsys, monkeypatch):
     """Check that states are computed on both machines where rows and rollouts come back, and that nothing else changes."""
     few = tuple(field for field in FEW if not field.startswith("data.size"))
@@ -187,6 +199,7 @@ def test_machines_without_common_memory(pair, tmp_path, capsys, monkeypatch):
     assert alone["teacher_tokens"] < together["teacher_tokens"] < 2 * alone["teacher_tokens"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -285,6 +298,7 @@ def test_signal_to_one_process_and_resume_alone(pair, saved, tmp_path, capsys, m
     assert_same_counts({**whole, "teacher_tokens": 0}, {**json.loads(out), "teacher_tokens": 0})
 
 
+@pytest.mark.long
 def test_resume_of_a_single_process_in_two(pair, saved, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with signal_arrives(3, signal.SIGTERM):
@@ -296,6 +310,7 @@ def test_resume_of_a_single_process_in_two(pair, saved, tmp_path, capsys, monkey
     assert_same_metrics(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.long
 def test_resume_in_two_processes_gives_the_same_bits(pair, saved, tmp_path):
     dropout = ("student.dropout=0.1",)
     run_together(pair, [*saved(*dropout), "--output", "whole"], tmp_path)
@@ -309,7 +324,7 @@ def test_resume_in_two_processes_gives_the_same_bits(pair, saved, tmp_path):
 # --- selection, generate, eval, run
 
 
-@pytest.mark.parametrize("select", ["rouge_l", "valid_divergence"])
+@pytest.mark.parametrize("select", ["rouge_l", long("valid_divergence")])
 def test_same_checkpoint_is_selected(select, pair, tmp_path, capsys, monkeypatch):
     fields = (f"train.select={select}", "eval.report_rows=5", "eval.max_new_tokens=5", "eval.metrics=rouge_l")
     few = tuple(field for field in FEW if not field.startswith("eval.report_rows"))
@@ -361,6 +376,7 @@ def test_eval_writes_the_same_predictions(pair, tmp_path, capsys, monkeypatch):
     assert one == two
 
 
+@pytest.mark.long
 def test_pipeline_runs_in_two_processes(pair, tmp_path):
     (tmp_path / "small.yaml").write_text(PIPELINE)
     result = run_together(pair, ["run", "small.yaml", "--output", "out", "--json"], tmp_path)

@@ -21,6 +21,8 @@ from tests.command_line import CLOCK, assert_error
 from tests.processes import ROOT, Processes, signal_arrives
 from tests.protocol_server import serving
 
+pytestmark = pytest.mark.long  # test_several_processes has a usual test
+
 FEW = (
     "data.size=40", "data.valid_limit=6", "eval.report_rows=0", "train.threads=1", "train.eval_steps=2",
     "train.log_steps=1", "train.batch_size=4", "rollout.max_new_tokens=4", "student.dropout=0", "train.seed=3",
@@ -119,7 +121,6 @@ def pair_of_plain_passes():
         yield pair
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("family", ["gpt2", "opt-350m", "gemma2", "falcon_h1", "t5"])
 def test_fine_tuning_of_other_families(family, pair_of_plain_passes, tmp_path):
     length = {"gpt2": {"n_positions": 128}, "t5": {}}.get(family, {"max_position_embeddings": 128})
@@ -153,7 +154,7 @@ def stored(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", ["half", *(pytest.param(name, marks=pytest.mark.long) for name in ("one", "several"))])
+@pytest.mark.parametrize("name", ["one", "several", "half"])
 def test_student_that_is_read_in_parts(name, stored, pair, tmp_path):
     """Check that the run has the same bits as one whose processes read all weights."""
     fields = (*SAVED, FULL, "eval.report_rows=2", "eval.metrics=exact_match", "student.save_dtype=bf16")
@@ -187,7 +188,6 @@ def test_weights_of_an_earlier_step_are_restored(stored, pair, tmp_path):
     assert_same_weights(tmp_path / "run", tmp_path / f"run/checkpoints/step-{best:06d}", 0)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("fields", [(), LORA], ids=["full", "lora"])
 def test_fine_tuning_and_a_stage_before_it(fields, pair, tmp_path, capsys, monkeypatch):
     fields = (*fields, "student.sft_epochs=0.2", "student.save_dtype=bf16")
@@ -197,7 +197,6 @@ def test_fine_tuning_and_a_stage_before_it(fields, pair, tmp_path, capsys, monke
     assert_same_weights(tmp_path / "one/sft", tmp_path / "two/sft", 1e-2)
 
 
-@pytest.mark.long
 def test_best_checkpoint_is_selected(pair, tmp_path, capsys, monkeypatch):
     fields = ("train.select=rouge_l", "eval.report_rows=5", "eval.max_new_tokens=5", "eval.metrics=rouge_l")
     one = alone(distill("one", *fields, steps=6, few=FEW_ROWS), tmp_path, capsys, monkeypatch)
@@ -208,7 +207,6 @@ def test_best_checkpoint_is_selected(pair, tmp_path, capsys, monkeypatch):
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("fields", [(), LORA], ids=["full", "lora"])
 @pytest.mark.parametrize(("before", "after"), [(FULL, FULL), (FULL, NONE), (NONE, FULL), (FULL, None), (None, FULL)])
 def test_resume(before, after, fields, pair, tmp_path, capsys, monkeypatch):
@@ -326,7 +324,6 @@ def test_servers_of_two_processes(pair, tmp_path, capsys, monkeypatch):
             assert_same_run(tmp_path / "one", tmp_path / shard)
 
 
-@pytest.mark.long
 def test_run_in_bf16(pair, tmp_path):
     for shard in (NONE, FULL):
         together(pair, distill(shard, *ROLLOUTS, shard, "student.dtype=bf16"), tmp_path)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from tests import tiny
@@ -117,6 +118,7 @@ def check_in_two_processes(script, directory):
     assert done.stdout.count("all checked") == 2
 
 
+@pytest.mark.long
 def test_shards_of_a_student(tmp_path):
     check_in_two_processes(SCRIPT, tmp_path)
 
@@ -194,6 +196,7 @@ with joined():
 """
 
 
+@pytest.mark.long
 def test_each_process_reads_its_part_of_the_files(tmp_path):
     """Check one file, several, and bfloat16 weights, also with buffers that bfloat16 would round; float16 is not mapped."""
     for name, family, options in (

@@ -12,6 +12,7 @@ import pytest
 from distillm_cli.config.methods import METHODS
 from tests import simulated_device
 from tests.command_line import fields_of
+from tests.marks import long
 
 pytestmark = pytest.mark.skipif(
     not simulated_device.supported, reason="this torch does not support backends written in Python"
@@ -98,7 +99,13 @@ def assert_same_steps(expected, actual):
             assert a is None or a == pytest.approx(b, rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.verb == "distill"])
+DEFAULT = ("kd", "okd")  # rows alone, and a teacher that is trained; the tests below sample student outputs
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in DEFAULT else long(name) for name, method in METHODS.items() if method.verb == "distill"],
+)
 def test_method_matches_cpu(name, run_on, tmp_path):
     kind = METHODS[name].preset["schedule.kind"]
     more = {"adaptive": ADAPTIVE, "off": ()}.get(kind, ("rollout.bulk=2",))
@@ -113,12 +120,14 @@ def test_method_matches_cpu(name, run_on, tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        ["--teacher-cache", "off", *set_options("teacher.offload=true")],
-        ["--teacher-cache", "disk", *set_options("teacher.cache_dir=states", "teacher.offload=true")],
-        ["--teacher-cache", "memory", *set_options("teacher.device_map=cpu")],
-        set_options("train.gradient_checkpointing=true", "train.offload_activations=true"),
+        pytest.param(["--teacher-cache", "off", *set_options("teacher.offload=true")], id="offload"),
+        long(
+            ["--teacher-cache", "disk", *set_options("teacher.cache_dir=states", "teacher.offload=true")],
+            id="offload disk cache",
+        ),
+        long(["--teacher-cache", "memory", *set_options("teacher.device_map=cpu")], id="cpu"),
+        long(set_options("train.gradient_checkpointing=true", "train.offload_activations=true"), id="activations"),
     ],
-    ids=["offload", "offload disk cache", "cpu", "activations"],
 )
 def test_memory_option_changes_no_figure(fields, run_on, tmp_path):
     argv = ["distill", "--recipe", "questions", "--steps", "3", *set_options(*DISTILL, *ADAPTIVE)]
@@ -130,14 +139,16 @@ def test_memory_option_changes_no_figure(fields, run_on, tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        set_options("train.optimizer=adafactor"),
-        ["--lora", "4", "--student", "layers:2"],
-        ["--teacher-cache", "disk", *set_options("teacher.cache_dir=states")],
-        ["--teacher-cache", "off", *set_options("train.accumulate=2", "train.gradient_checkpointing=true")],
-        ["--student", "random:t5:1x32", "--teacher", "t5", *set_options("data.template=plain")],
-        set_options("student.sft_epochs=0.1"),
+        long(set_options("train.optimizer=adafactor"), id="adafactor"),
+        pytest.param(["--lora", "4", "--student", "layers:2"], id="lora"),
+        long(["--teacher-cache", "disk", *set_options("teacher.cache_dir=states")], id="disk cache"),
+        long(
+            ["--teacher-cache", "off", *set_options("train.accumulate=2", "train.gradient_checkpointing=true")],
+            id="accumulate",
+        ),
+        long(["--student", "random:t5:1x32", "--teacher", "t5", *set_options("data.template=plain")], id="t5"),
+        long(set_options("student.sft_epochs=0.1"), id="sft stage"),
     ],
-    ids=["adafactor", "lora", "disk cache", "accumulate", "t5", "sft stage"],
 )
 def test_training_option_matches_cpu(fields, run_on, tmp_path):
     if "t5" in fields:
@@ -149,6 +160,7 @@ def test_training_option_matches_cpu(fields, run_on, tmp_path):
     assert_same_steps(*(steps_of(tmp_path / device) for device in DEVICES))
 
 
+@pytest.mark.long
 def test_resume_matches_uninterrupted_run(run_on, tmp_path):
     argv = ["distill", "--recipe", "questions", *set_options(*DISTILL, *ADAPTIVE, "train.keep=9")]
     full = run_on(simulated_device.NAME, *argv, "--steps", "6", "--output", "full")
@@ -159,6 +171,7 @@ def test_resume_matches_uninterrupted_run(run_on, tmp_path):
     assert resumed["valid_loss"] == full["valid_loss"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["distillm", "distillm2", "minillm", "skd", "ab"])
 def test_device_with_mps_limits_matches_cpu(name, run_on_strict, tmp_path):
     more = {
@@ -193,7 +206,7 @@ def run_script(script):
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_step_waits_for_the_device_once():
     """Check that a training step waits once, for its loss and gradient norm, and not in the forward passes."""
     script = """
@@ -217,6 +230,7 @@ for method, family in (("sft", "gpt2"), ("off", "gemma2"), ("off", "mistral")):
     assert waits == {"{'tolist': 1}"}
 
 
+@pytest.mark.long
 def test_simulated_device_raises_errors_like_a_gpu():
     """Check that operations that fail on a GPU fail on the simulated device."""
     script = """

@@ -68,6 +68,7 @@ def test_stored_rows_give_the_same_run(cli):
     assert bits("stages-off") == bits("stages-on")
 
 
+@pytest.mark.long
 def test_resume_on_stored_rows_is_exact(cli, tmp_path):
     for output in ("whole", "resumed"):
         code, _, err = cli("--output", output, "--set", "data.store=on")
@@ -89,6 +90,7 @@ def test_resume_on_stored_rows_is_exact(cli, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_processes_that_start_together_share_one_store(cli, tmp_path):
     command = [sys.executable, "-m", "distillm_cli", *RUN, "--set", "data.store=on", "--steps", "1"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}

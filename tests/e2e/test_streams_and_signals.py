@@ -19,6 +19,7 @@ from distillm_cli.errors import CtrlC
 from distillm_cli.utils import signals
 from distillm_cli.utils.stdout import write_json, write_rows
 from tests.command_line import assert_error_line
+from tests.marks import long
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = [sys.executable, "-m", "distillm_cli"]
@@ -52,6 +53,7 @@ def assert_weights(directory: Path, expected_weights) -> None:
     assert all(weights[name].equal(weight) for name, weight in expected_weights.items())
 
 
+@pytest.mark.long
 @needs_dev_full
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_full_disk_of_the_log_does_not_stop_a_run(tmp_path, expected_weights, unbuffered):
@@ -62,6 +64,7 @@ def test_full_disk_of_the_log_does_not_stop_a_run(tmp_path, expected_weights, un
     assert_weights(tmp_path / "run", expected_weights)
 
 
+@pytest.mark.long
 def test_closed_stderr_pipe_does_not_stop_a_run(tmp_path, expected_weights):
     reader, writer = os.pipe()
     os.close(reader)
@@ -71,6 +74,7 @@ def test_closed_stderr_pipe_does_not_stop_a_run(tmp_path, expected_weights):
     assert_weights(tmp_path / "run", expected_weights)
 
 
+@pytest.mark.long
 def test_full_stderr_pipe_does_not_stop_a_run(tmp_path, expected_weights):
     """Check a full, non-blocking pipe, as a terminal shared with some programs may be."""
     reader, writer = os.pipe()
@@ -100,6 +104,7 @@ def run_and_close_terminal(command: list[str], output: Path, *, ignoring: tuple[
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.long
 @needs_sighup
 def test_closed_terminal_stops_a_run_with_a_checkpoint(tmp_path):
     output = tmp_path / "run"
@@ -108,6 +113,7 @@ def test_closed_terminal_stops_a_run_with_a_checkpoint(tmp_path):
     assert checkpoint.name.startswith("step-")
 
 
+@pytest.mark.long
 @needs_sighup
 def test_closed_terminal_does_not_stop_a_run_under_nohup(tmp_path):
     output = tmp_path / "run"
@@ -132,6 +138,7 @@ def start_training(command: list[str], output: Path, *, ignoring: tuple[int, ...
     return run
 
 
+@pytest.mark.long
 @needs_sighup
 def test_two_hangups_save_one_checkpoint(tmp_path):
     """Check two SIGHUPs, as sent by the kernel and the shell when a terminal is closed."""
@@ -147,6 +154,7 @@ def test_two_hangups_save_one_checkpoint(tmp_path):
     assert len(list((output / "checkpoints").iterdir())) == 1
 
 
+@pytest.mark.long
 @needs_sighup
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_signals_ignored_at_start_stay_ignored(tmp_path, number):
@@ -160,6 +168,7 @@ def test_signals_ignored_at_start_stay_ignored(tmp_path, number):
     assert (output / "model.safetensors").is_file()
 
 
+@pytest.mark.long
 @needs_dev_full
 def test_full_stdout_is_a_storage_error_after_the_run(tmp_path, expected_weights):
     with Path("/dev/full").open("w") as stdout:
@@ -175,7 +184,7 @@ def test_full_stdout_is_a_storage_error_after_the_run(tmp_path, expected_weights
     ("words", "code"),
     [("--help", 8), ("--version", 8), ("recipes ls --json", 8), ("recipes show g2p", 8), ("nothing --json", 2)],
 )
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("unbuffered", ["", long("1")])
 def test_full_stdout_gives_one_error_line(words, code, unbuffered):
     with Path("/dev/full").open("w") as stdout:
         command, env = [*PROGRAM, *words.split()], {**ENV, "PYTHONUNBUFFERED": unbuffered}

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.command_line import assert_error
+from tests.marks import long
 
 ROWS = [{"instruction": "Say it.", "input": a + b, "output": b + a} for a in "bcdefghk" for b in "lmnop"]
 
@@ -37,7 +38,9 @@ def distill(cli, divergence, teacher, student):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("divergence", ["kl", "rkl", "jeffreys", "akl", "ab", "taid", "atkd", "amid"])
+@pytest.mark.parametrize(
+    "divergence", ["kl", "taid", *(long(name) for name in ("rkl", "jeffreys", "akl", "ab", "atkd", "amid"))]
+)
 def test_pair_that_suppresses_the_same_token_trains(cli, save_model, divergence):
     code, result, err = distill(cli, divergence, save_model("teacher", 40), save_model("student", 40))
     assert code == 0, err

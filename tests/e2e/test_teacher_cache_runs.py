@@ -23,7 +23,7 @@ SMALL = [
     "distill", "--teacher", "builtin", "--student", "random:1x32", "--data", "builtin", "--max-length", "64",
     "--dtype", "fp32", "--device", "cpu", "--batch-size", "8", "--steps", "12", "--json",
     "--set", "data.template=plain", "--set", "data.size=48", "--set", "eval.report_rows=0", "--set", "train.threads=1",
-    "--set", "schedule.kind=off", "--set", "train.eval_steps=6",
+    "--set", "schedule.kind=off", "--set", "train.eval_steps=6", "--set", "data.valid_limit=8",
 ]  # fmt: skip
 
 
@@ -207,6 +207,7 @@ def signal_when(argv, number, condition):
     return process.returncode, json.loads(out), err
 
 
+@pytest.mark.long
 def test_sigint_before_the_first_step_writes_nothing(tmp_path):
     """Check SIGINT while the teacher fills a cache on disk."""
     output, cache = tmp_path / "out", tmp_path / "cache"
@@ -219,6 +220,7 @@ def test_sigint_before_the_first_step_writes_nothing(tmp_path):
     assert "Traceback" not in err
 
 
+@pytest.mark.long
 def test_sigterm_while_warming_leaves_no_partial_cache(tmp_path):
     cache = tmp_path / "cache"
     options = ["--set", "data.size=20000", "--warm-teacher-cache", "--set", f"teacher.cache_dir={cache}"]
@@ -230,6 +232,7 @@ def test_sigterm_while_warming_leaves_no_partial_cache(tmp_path):
     assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
 
 
+@pytest.mark.long
 def test_sigterm_during_generate_prints_one_json_object(tmp_path):
     output = tmp_path / "responses.jsonl"
     argv = ["generate", "--model", "builtin", "--data", "builtin", "--template", "plain", "--batch-size", "2"]

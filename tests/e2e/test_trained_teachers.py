@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distillm_cli.cli.app import main
 from distillm_cli.training.trainer import Trainer
 from tests.command_line import assert_error, untimed
+from tests.marks import long
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 SETS = (
@@ -119,7 +120,7 @@ RESUMED = [
 ]
 
 
-@pytest.mark.parametrize(("family", "settings"), RESUMED)
+@pytest.mark.parametrize(("family", "settings"), [*RESUMED[:1], *(long(*case) for case in RESUMED[1:])])
 def test_resume_matches_uninterrupted_run(family, settings, workdir, distill, cli, tmp_path, monkeypatch):
     distill(tmp_path / "full", *settings, teacher=family)
     begin_step = Trainer._begin_step
@@ -162,6 +163,7 @@ def test_ctcd_without_soft_losses_equals_two_fine_tunings(distill, workdir, cli,
     assert losses == pytest.approx([x["valid_loss"] for x in metrics(tmp_path / "teacher") if "valid_loss" in x])
 
 
+@pytest.mark.long
 def test_ctcd_soft_losses_change_both_models(distill, tmp_path):
     for name, field in (("none", "student"), ("teacher", "student"), ("student", "teacher")):
         off = ["ctcd.soft_teacher=0", "ctcd.soft_student=0"] if name == "none" else [f"ctcd.soft_{field}=0"]
@@ -214,7 +216,9 @@ def test_output_teacher_is_removed_or_left_to_the_user(workdir, distill, cli, tm
     distill(output, "--method", "ctcd", "--steps", 1, "--overwrite")
 
 
-@pytest.mark.parametrize(("teacher", "student"), [("random:2x48", "random:1x32"), ("random:t5:2x32", "random:1x32")])
+@pytest.mark.parametrize(
+    ("teacher", "student"), [("random:2x48", "random:1x32"), long("random:t5:2x32", "random:1x32")]
+)
 def test_ctcd_starts_from_random_weights(teacher, student, workdir, cli, capsys, tmp_path):
     more = ["--method", "ctcd", "--tokenizer", "chars"]
     argv = command(workdir, tmp_path / "run", *more, teacher=teacher, student=student)
@@ -235,13 +239,14 @@ def test_ctcd_starts_from_random_weights(teacher, student, workdir, cli, capsys,
     assert planned["memory"]["teacher_optimizer"] == 8 * planned["models"]["teacher"]["parameters"]
 
 
+@pytest.mark.long
 def test_random_teacher_has_the_family_of_a_loaded_student(workdir, distill, tmp_path):
     distill(tmp_path / "run", "--method", "ctcd", "--steps", 1, teacher="random:3x32", student=workdir / "t5")
     config = json.loads((tmp_path / "run" / "teacher" / "config.json").read_text())
     assert (config["model_type"], config["num_layers"]) == ("t5", 3)
 
 
-@pytest.mark.parametrize("method", ["okd", "ctcd"])
+@pytest.mark.parametrize("method", ["okd", long("ctcd")])
 def test_student_may_copy_layers_of_the_teacher(method, distill, tmp_path):
     """Check that the layers are those of the teacher from before training, also when the first loss is measured."""
     kd = distill(tmp_path / "kd", "--method", "kd", student="layers:1")
@@ -299,7 +304,7 @@ def test_teacher_that_changes_cannot_be_cached_in_advance(workdir, cli):
     assert_error(cli(*argv), "usage.no_teacher_cache", "okd.rank")
 
 
-@pytest.mark.parametrize("method", ["okd", "ctcd"])
+@pytest.mark.parametrize("method", [long("okd"), "ctcd"])
 def test_compare_works_with_a_trained_teacher(method, distill, tmp_path):
     result = distill(tmp_path / "run", "--method", method, "--compare", "--steps", 2)
     assert [baseline["name"] for baseline in result["baselines"]] == ["sft"]

@@ -18,6 +18,7 @@ from tests import chat_models
 from tests.chat_models import CHAT
 from tests.codes import raises_code
 from tests.e2e.test_mixture_runs import assert_same_run, interrupt_at
+from tests.marks import long
 
 WORDS = [
     "--teacher", "builtin:pronounce", "--batch-size", "4", "--student", "random:1x32",
@@ -54,7 +55,7 @@ def test_teacher_is_as_good_as_with_its_own_template(cli, tmp_path):
     assert "template: plain" in err, "the student's"
 
 
-@pytest.mark.parametrize("method", ["distillm", "skd"])
+@pytest.mark.parametrize("method", ["distillm", long("skd")])
 def test_resumed_run_with_two_sides_is_the_uninterrupted_one(cli, monkeypatch, method):
     argv = [
         "distill",

@@ -40,6 +40,7 @@ def finished(tmp_path_factory) -> Path:
                 "off",
                 "--set=data.template=plain",
                 "--set=data.size=64",
+                "--set=data.valid_limit=8",
                 *sets,
                 "--output",
                 str(output),

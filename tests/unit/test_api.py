@@ -200,7 +200,8 @@ def test_load_recipe_applies_overrides():
 
 
 def test_loaded_recipe_trains_like_its_name(capfd):
-    settings = {"steps": 3, "device": "cpu", "data": {"size": 120}, "eval": {"report_rows": 0}, "train": {"threads": 1}}
+    settings = {"steps": 3, "device": "cpu", "data": {"size": 120, "valid_limit": 8}, "train": {"threads": 1}}
+    settings["eval"] = {"report_rows": 0}
     events = []
     named = distillm.distill(recipe="questions", output="a", listener=events.append, **settings)
     recipe = distillm.load_recipe("questions", **settings)
@@ -279,7 +280,9 @@ def test_missing_files_are_named(tmp_path):
 
 def test_plan_of_pipeline_applies_keywords_to_stages(capfd):
     stages = {"distill": {"objective": {"alpha": 0.35}}}
-    planned = distillm.plan(recipe="quickstart-pipeline", stages=stages, defaults={"train": {"batch_size": 5}})
+    planned = distillm.plan(
+        recipe="quickstart-pipeline", stages=stages, defaults={"train": {"batch_size": 5}, "data": {"size": 400}}
+    )
     assert set(planned.as_json()["stages"]) == set(planned.stages)
     with raises_code("usage.unknown_stage", "nothing"):
         distillm.plan(recipe="quickstart-pipeline", stages={"nothing": {"train": {"lr": 1}}})
@@ -327,6 +330,7 @@ result.as_json()
 """
 
 
+@pytest.mark.long
 def test_display_in_a_notebook_is_html(tmp_path):
     """Check that the display is HTML in the cell's output, without the control sequences of a live display."""
     import nbclient

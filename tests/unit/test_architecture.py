@@ -213,6 +213,7 @@ def test_train_step_is_at_most_60_lines():
     assert step.end_lineno - step.lineno + 1 <= 60
 
 
+@pytest.mark.long
 def test_benchmarks_can_be_imported():
     """Check it in one process, which imports the packages that they share once."""
     directory = PACKAGE.parent / "benchmarks"

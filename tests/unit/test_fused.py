@@ -401,6 +401,7 @@ def test_smaller_chunk_is_reported_once_and_reused():
     assert_close(repeated, expected)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the address space")
 def test_limited_address_space_halves_the_chunk():
     """Check a process that may grow by 35 MB, where a chunk of 256 tokens needs 41 MB for its logits."""

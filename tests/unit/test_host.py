@@ -54,6 +54,7 @@ def test_this_machine_has_available_memory():
     assert available_memory() > 0
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="not glibc's malloc")
 @pytest.mark.parametrize(
     "environment_settings", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}], ids=["default", "environment"]

@@ -239,6 +239,7 @@ except ModelError as error:
     assert "Retry" not in done.stderr, "retries of the hub client take half a minute"
 
 
+@pytest.mark.long
 def test_out_of_memory_is_not_reported_as_damaged_model(tmp_path):
     """Check a process that may allocate 4 MB more than it has."""
     tiny.save(tmp_path / "small", "gpt2"), tiny.save(tmp_path / "large", "gpt2", n_embd=512)

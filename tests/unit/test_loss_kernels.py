@@ -16,6 +16,7 @@ from distillm_cli.losses.divergences import SkewKL
 from distillm_cli.losses.fused import fused_loss, part_losses
 from distillm_cli.losses.weights import LossWeights, TokenWeights
 from tests.codes import raises_code
+from tests.marks import long
 
 IN_TRITON = ("kl", "rkl", "skl", "srkl", "jsd", "tvd", "jeffreys")
 V = 4099  # more than one block of the Triton kernel
@@ -74,9 +75,8 @@ def test_triton_kernel_leaves_heads_with_bias():
     assert kernels.triton()(probe(bias_V=torch.zeros(V, device=DEVICE))) is None
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None and DEVICE == "cpu", reason="needs a C++ compiler")
-@pytest.mark.parametrize("name", sorted(plugins.divergences))
+@pytest.mark.parametrize("name", ["skl", *(long(name) for name in sorted(plugins.divergences) if name != "skl")])
 def test_compiled_loss_equals_plain_losses(name):
     assert kernels.kernel_difference(kernels.compiled(), probe(name, v=257, softcap=5.0)) is None
 

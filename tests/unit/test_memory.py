@@ -57,9 +57,8 @@ def directory(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize(
-    "verb", ["distill", pytest.param("eval", marks=pytest.mark.long), pytest.param("plan", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("verb", ["distill", "eval", "plan"])
 def test_garbage_collection_resumes_after_imports(directory, tmp_path, verb):
     model, rows = directory / "model", directory / "rows.jsonl"
     argv = {

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from distillm_cli.models.loading import load_backbone
 from distillm_cli.models.lora_targets import expert_weights, find_targets
 from tests import command_line, families, tiny
+from tests.marks import long
 
 ADAPTER = ("--lora", 4, "--set", "student.lora_output=adapter")
 
@@ -23,7 +24,10 @@ def _logits(model) -> torch.Tensor:
         return model(input_ids=torch.arange(2, 14)[None]).logits
 
 
-@pytest.mark.parametrize("family", [name for name in families.MIXTURES if name != "deepseek_v4"])
+@pytest.mark.parametrize(
+    "family",
+    [name if name == "mixtral" else long(name) for name in families.MIXTURES if name != "deepseek_v4"],
+)
 def test_experts_are_trained_and_peft_loads_the_adapter(family, tmp_path, data, capsys):
     from peft import PeftModel
 

@@ -19,6 +19,7 @@ from distillm_cli.training.events import Progress, Stepped
 from distillm_cli.types import Rollout, Sequence
 from tests import tiny
 from tests.codes import raises_code
+from tests.marks import long
 from tests.resource_limits import LimitedBatch
 from tests.unit import test_trainer as runs
 
@@ -102,7 +103,7 @@ def check_resumed(method, tmp_path):
     assert resumed.objective.state_dict() == uninterrupted.objective.state_dict()
 
 
-@pytest.mark.parametrize("stop", [7, 12])
+@pytest.mark.parametrize("stop", [7, long(12)])
 @pytest.mark.parametrize("method", METHODS)
 def test_resume_is_bit_exact_for_every_method(tmp_path, method, stop):
     torch.manual_seed(5)
@@ -111,7 +112,7 @@ def test_resume_is_bit_exact_for_every_method(tmp_path, method, stop):
     check_resumed(method, tmp_path)
 
 
-@pytest.mark.parametrize("completed", [6, 8])
+@pytest.mark.parametrize("completed", [6, long(8)])
 @pytest.mark.parametrize("method", METHODS)
 def test_out_of_memory_step_is_not_drawn_or_counted_twice(tmp_path, method, completed):
     """Check also the step after the sixth, which begins an epoch and samples new responses."""

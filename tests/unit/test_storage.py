@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -52,49 +53,70 @@ def write(store: Checkpoints, *steps: int) -> None:
 # --- removal ------------------------------------------------------------------------------------------------------
 
 KILLED = """
-    import os, signal, sys
+    import json, os, signal, sys
     from pathlib import Path
     import torch
     from distillm_cli.runs import output_dir
     from distillm_cli.training.checkpoint import Checkpoints
 
-    what, place, last = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    removed = 0
+    def remove(what, place, last):
+        removed = 0
 
-    def count(event, args):
-        global removed
-        if event in ("os.remove", "os.rmdir"):
-            removed += 1
-            if removed > last:
-                os.kill(os.getpid(), signal.SIGKILL)
+        def count(event, args):
+            nonlocal removed
+            if event in ("os.remove", "os.rmdir"):
+                removed += 1
+                if removed > last:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(count)
-    if what == "clear":
-        output_dir.clear(place)
-    else:
-        made = Checkpoints(place / "checkpoints", lambda d: (d / "new.json").write_text("new"), keep=1)
-        made.write(3, {"progress": {}, "recipe": {}}, {"t": torch.ones(2)})
+        sys.addaudithook(count)
+        if what == "clear":
+            output_dir.clear(place)
+        else:
+            made = Checkpoints(place / "checkpoints", lambda d: (d / "new.json").write_text("new"), keep=1)
+            made.write(3, {"progress": {}, "recipe": {}}, {"t": torch.ones(2)})
+
+    for what, place, last in json.loads(sys.argv[1]):
+        child = os.fork()
+        if child == 0:
+            remove(what, Path(place), last)
+            os._exit(0)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
+KILLED_CASES = [(what, last) for last in (0, 1, 3, 5, 8) for what in ("prune", "clear")]
 
 
-@pytest.mark.parametrize("what", ["prune", "clear"])
-@pytest.mark.parametrize("last", [0, 1, 3, 5, 8])
-def test_killed_removal_leaves_only_complete_checkpoints(tmp_path, what, last):
-    output_dir.write_recipe(tmp_path, resolved())
-    store = checkpoints(tmp_path / "checkpoints", keep=9)
-    write(store, 1, 2)
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), what, str(tmp_path), str(last)]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
-    assert done.returncode == -signal.SIGKILL
-    for path in visible(store.root):
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Start to remove directories in processes that are killed after a number of files. Return them by case.
+
+    The processes are forks of one, which imports torch once.
+    """
+    places = {case: tmp_path_factory.mktemp("killed") for case in KILLED_CASES}
+    for place in places.values():
+        output_dir.write_recipe(place, resolved())
+        write(checkpoints(place / "checkpoints", keep=9), 1, 2)
+    cases = json.dumps([(what, str(place), last) for (what, last), place in places.items()])
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), cases]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(places)
+    return places
+
+
+@pytest.mark.parametrize(("what", "last"), KILLED_CASES)
+def test_killed_removal_leaves_only_complete_checkpoints(killed, what, last):
+    place = killed[what, last]
+    root = place / "checkpoints"
+    for path in visible(root):
         assert read_checkpoint(path).path == path, "every file of the manifest exists"
-    assert what == "clear" or latest(store.root).path.name in ("step-000002", "step-000003")
+    assert what == "clear" or latest(root).path.name in ("step-000002", "step-000003")
     if what == "prune":  # the next write removes the rest
-        write(checkpoints(store.root), 4)
-        assert [path.name for path in store.root.iterdir()] == ["step-000004"]
+        write(checkpoints(root), 4)
+        assert [path.name for path in root.iterdir()] == ["step-000004"]
     else:  # clearing can be repeated
-        assert output_dir.clear(tmp_path) == []
-        assert list(tmp_path.iterdir()) == []
+        assert output_dir.clear(place) == []
+        assert list(place.iterdir()) == []
 
 
 def test_each_unremovable_checkpoint_is_one_warning(tmp_path, monkeypatch):

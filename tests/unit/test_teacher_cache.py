@@ -295,6 +295,7 @@ print("wrote" if wrote else "waited", teacher.tokens, states.table_ND.sum().item
 """
 
 
+@pytest.mark.long
 def test_two_processes_compute_a_cache_once(tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [sys.executable, "-c", textwrap.dedent(WRITER), str(tmp_path)]

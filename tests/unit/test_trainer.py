@@ -36,6 +36,7 @@ from distillm_cli.utils.memory import retry_halved
 from distillm_cli.utils.modules import eval_mode
 from tests import tiny
 from tests.codes import raises_code
+from tests.marks import long
 from tests.resource_limits import LimitedBatch, file_size
 
 TOKENIZER = tiny.tokenizer()
@@ -216,7 +217,7 @@ def test_deferred_initial_validation_gives_the_same_results(tmp_path):
     assert isinstance(deferred_events[0], Stepped)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [long(1), 2])
 @pytest.mark.parametrize("method", ["sft", "off", "adaptive", "mixed", "annealed"])
 def test_resume_matches_uninterrupted_run(tmp_path, method, accumulate):
     """Check that a run stopped by a signal within an epoch, resumed in a new trainer, has bit-identical weights."""
