@@ -19,9 +19,6 @@ for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.S
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, _handler)
 
-# No test can observe a power cut, and a run of a few steps may wait for the disk as long as it computes.
-os.fsync = os.fstat
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
