@@ -570,7 +570,7 @@ def test_full_disk_on_stdout_is_a_storage_error():
             [sys.executable, "-c", script], env=env, stdout=full, stderr=subprocess.PIPE, text=True
         )
     assert process.returncode == 8
-    assert process.stderr.startswith("error: cannot read or write: No space left on device; ")
+    assert process.stderr.startswith("error: cannot write the result to standard output: No space left on device; ")
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------

@@ -907,7 +907,11 @@ def test_written_recipe_reads_back_identical(values, with_origin, tmp_path):
             values.get("student.path") or "random:2x32"
         )  # its shared layers exclude adapters and a quantized teacher
     settings_ = {"method": method.name, **method.preset, **values}
-    values = {key: v for key, v in values.items() if is_used(key, lambda k: settings_.get(k, leaves()[k].default))}
+    values = {
+        key: value
+        for key, value in values.items()
+        if key in method.preset or is_used(key, lambda k: settings_.get(k, leaves()[k].default))
+    }
     values = {key: value for key, value in values.items() if key != "train.epochs" or values.get("train.steps") is None}
     resolved = resolve(command=command, flags={k: Flag(k, v) for k, v in values.items()})
     path = tmp_path / "recipe.yaml"
