@@ -910,8 +910,8 @@ def test_written_recipe_reads_back_identical(values, with_origin, tmp_path):
     values = {
         key: value
         for key, value in values.items()
-        if key in method.preset or is_used(key, lambda k: settings_.get(k, leaves()[k].default))
-    }
+        if (key in method.preset and value is None) or is_used(key, lambda k: settings_.get(k, leaves()[k].default))
+    }  # null may turn off what the method presets
     values = {key: value for key, value in values.items() if key != "train.epochs" or values.get("train.steps") is None}
     resolved = resolve(command=command, flags={k: Flag(k, v) for k, v in values.items()})
     path = tmp_path / "recipe.yaml"
