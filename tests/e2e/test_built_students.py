@@ -62,6 +62,7 @@ def test_students_built_from_teacher_train_and_load(cli, tmp_path, spec):
     assert result["steps"] == 2
 
 
+@pytest.mark.long
 def test_student_layers_are_copied_before_teacher_is_freed(cli):
     off = ["--set", "schedule.kind=off", "--set", "train.eval_steps=epoch", "--steps", "12"]
     code, result, err = cli(*distill("--student", "layers:2", *off, "--output", "out", adaptive=()))
@@ -107,6 +108,7 @@ def test_chat_rows_train_students_with_teacher_tokenizer(cli, tmp_path):
     assert_error(outcome, "model.no_chat_template", "chat.jsonl:")
 
 
+@pytest.mark.long
 def test_adapter_output_works_with_every_command(cli, tmp_path):
     run = ["--student", "base", "--lora", "4", "--set", "student.lora_output=adapter"]
     tokens = AutoTokenizer.from_pretrained(BUILTIN_TEACHER)

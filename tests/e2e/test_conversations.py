@@ -71,6 +71,7 @@ def reversed_words() -> list[dict]:
     return conversations(*({"content": text} for text in ("eno", "owt", "xis", "net")))
 
 
+@pytest.mark.long
 def test_base_student_learns_to_stop_from_chat_teacher(cli, tmp_path):
     """Check a student without a template, whose texts end with <eos>, under a teacher whose turns end with <end>."""
     data = lines(tmp_path / "rows.jsonl", reversed_words())

@@ -99,6 +99,7 @@ def test_micro_batches_and_the_teacher_cache_change_only_rounding(cli, teachers)
         assert loss == pytest.approx(reports["whole"], rel=1e-4), name
 
 
+@pytest.mark.long
 def test_stages_run_in_order_and_combine_with_other_methods(cli, teachers):
     more = ["--student", "shared:1x3:swap", "--set", "student.ptp=1", "--set", "student.sft_epochs=1"]
     argv = ["distill", "--method", "distillm", "--teacher", "gpt2", *RUN, *more, "--set", "schedule.phi=0.5"]

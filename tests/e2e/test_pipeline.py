@@ -346,6 +346,7 @@ def test_every_missing_file_is_detected(cli, finished_run, workdir, stage, missi
     assert path.read_bytes() == before
 
 
+@pytest.mark.long
 def test_old_scores_are_removed_from_a_moved_pipeline(cli, finished_run, tmp_path):
     finished_run.rename(tmp_path / "moved")
     code, _, err = cli("run", "all.yaml", "--output", tmp_path / "moved", "--set", "stages.distill.train.lr=4e-3")

@@ -38,7 +38,7 @@ def equal_weights(a, b):
 
 @pytest.mark.parametrize(
     ("schedule", "length"),
-    [("constant", "steps"), long("constant", "epochs"), long("cosine", "steps"), ("cosine", "epochs")],
+    [long("constant", "steps"), long("constant", "epochs"), long("cosine", "steps"), ("cosine", "epochs")],
 )
 def test_resume_with_more_steps(cli, workdir, length, schedule):
     """Check that a run resumed with more steps matches a long run if the learning rate is constant."""

@@ -467,6 +467,7 @@ def test_rollout_server_without_rollouts_is_an_unused_field(cli, models):
     assert_error(outcome, "recipe.unused_field", "--rollout-server")
 
 
+@pytest.mark.long
 def test_resume_may_move_the_server_but_not_drop_it(cli, models):
     more = ["--output", "out", "--set", "rollout.temperature=0"]
     with serving(models["student"]) as server:

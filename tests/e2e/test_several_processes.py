@@ -340,6 +340,7 @@ def test_same_checkpoint_is_selected(select, pair, tmp_path, capsys, monkeypatch
         assert one["answers"] == two["answers"]
 
 
+@pytest.mark.long
 def test_generate_writes_the_same_bytes(pair, tmp_path, capsys, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(ROWS)
     make = ["generate", "--model", "builtin", "--data", "rows.jsonl", "--template", "plain", "--n", 2, "--max-new-tokens", 6,

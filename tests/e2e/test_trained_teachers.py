@@ -194,6 +194,7 @@ def test_ctcd_saves_the_teacher_of_the_best_step(workdir, distill, tmp_path):
     assert again["report"]["teacher"]["valid_loss"] == pytest.approx(result["report"]["teacher_after"]["valid_loss"])
 
 
+@pytest.mark.long
 def test_output_teacher_is_removed_or_left_to_the_user(workdir, distill, cli, tmp_path):
     output = tmp_path / "run"
     distill(output, "--method", "ctcd", "--steps", 1)

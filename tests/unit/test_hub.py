@@ -123,6 +123,7 @@ def load(tmp_path):
     server.server_close()
 
 
+@pytest.mark.long
 def test_hub_datasets_load(load):
     loaded = load("dolly.train", "dolly.test", "unni.test", "someone/sums.train", "someone/sums.test", "vicuna.test")
     loaded = [line[:3] for line in loaded]
