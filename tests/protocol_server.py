@@ -65,6 +65,7 @@ class ProtocolServer:
         self.version = TESTED[-1]
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
         self._lock = threading.Lock()
+        self._stopping = threading.Lock()
         self._http: ThreadingHTTPServer | None = None
         self.port = 0
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=self.dtype).eval()
@@ -103,9 +104,16 @@ class ProtocolServer:
     def stop(self) -> None:
         """Stop listening; requests in flight get no answer."""
         if self._http is not None:
-            http, self._http = self._http, None
-            http.shutdown()
-            http.server_close()
+            self._stop(self._http)
+
+    def _stop(self, http: ThreadingHTTPServer) -> None:
+        """Stop this listener, unless it is stopped already: several requests can ask for it, some after a restart."""
+        with self._stopping:
+            if self._http is not http:
+                return
+            self._http = None
+        http.shutdown()
+        http.server_close()
 
     @property
     def is_running(self) -> bool:
@@ -224,7 +232,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path in server.die_after:
             server.die_after[self.path] -= 1
             if server.die_after[self.path] < 0:
-                threading.Thread(target=server.stop, daemon=True).start()
+                threading.Thread(target=server._stop, args=(self.server,), daemon=True).start()
         if not server.is_running or server.die_after.get(self.path, 0) < 0:
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
