@@ -16,14 +16,10 @@ from distillm_cli.config.methods import METHODS
 from distillm_cli.training.checkpoint import read_checkpoint, visible
 from tests import tiny
 from tests.command_line import CLOCK, assert_error, fields_of
-from tests.e2e.test_sharded_runs import assert_same_run
 from tests.marks import long
 from tests.processes import PATIENCE, ROOT, Processes, signal_arrives
+from tests.same_runs import FEW, assert_same_run, distill, metrics, run_alone, run_together
 
-FEW = (
-    "data.size=40", "data.valid_limit=6", "eval.report_rows=0", "train.threads=1", "train.eval_steps=2",
-    "train.log_steps=1", "train.batch_size=4", "rollout.max_new_tokens=4", "student.dropout=0", "train.seed=3",
-)  # fmt: skip
 DETERMINED = {"step", "epoch", "source", "lr", "phi", "tokens"}  # by rows, schedule and samples
 
 
@@ -37,31 +33,6 @@ def pair():
 def trio():
     with Processes(3) as trio:
         yield trio
-
-
-def distill(output, *fields, method="distillm", steps=3, few=FEW):
-    words = [word for field in (*few, *fields) for word in ("--set", field)]
-    run = ["distill", "--recipe", "questions", "--method", method, "--steps", steps, "--output", output]
-    return [*run, *words, "--json", "--quiet"]
-
-
-def run_alone(argv, directory, capsys, monkeypatch):
-    monkeypatch.chdir(directory)
-    code = main([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    assert code == 0, err
-    return json.loads(out)
-
-
-def run_together(processes, argv, directory, **options):
-    first, *others = processes.run(argv, directory=directory, **options)
-    assert first.code == 0, first.err
-    assert [(o.code, o.out, o.err) for o in others] == [(0, "", "")] * len(others), "only the first process reports"
-    return json.loads(first.out)
-
-
-def metrics(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_metrics(one, two, tolerance=1e-5):

@@ -17,16 +17,13 @@ from distillm_cli.cli.app import main
 from distillm_cli.models.model_paths import BUILTIN_TEACHER
 from distillm_cli.training.checkpoint import read_checkpoint, visible
 from tests import tiny
-from tests.command_line import CLOCK, assert_error
+from tests.command_line import assert_error
 from tests.processes import ROOT, Processes, signal_arrives
 from tests.protocol_server import serving
+from tests.same_runs import FEW, assert_same_run, assert_same_weights, distill, metrics, run_alone, run_together
 
 pytestmark = pytest.mark.long  # test_several_processes has a usual test
 
-FEW = (
-    "data.size=40", "data.valid_limit=6", "eval.report_rows=0", "train.threads=1", "train.eval_steps=2",
-    "train.log_steps=1", "train.batch_size=4", "rollout.max_new_tokens=4", "student.dropout=0", "train.seed=3",
-)  # fmt: skip
 FEW_ROWS = tuple(field for field in FEW if not field.startswith("eval.report_rows"))
 FULL, NONE = "train.shard=full", "train.shard=none"
 ROLLOUTS = ("schedule.phi=0.6", "schedule.warm_up=none", "schedule.capacity=16", "rollout.bulk=2")
@@ -38,53 +35,6 @@ LORA = ("student.path=layers:2", "student.lora.r=4", "student.lora.dropout=0")
 def pair():
     with Processes(2) as pair:
         yield pair
-
-
-def distill(output, *fields, method="distillm", steps=3, few=FEW):
-    words = [word for field in (*few, *fields) for word in ("--set", field)]
-    run = ["distill", "--recipe", "questions", "--method", method, "--steps", steps, "--output", output]
-    return [*run, *words, "--json"]
-
-
-def alone(argv, directory, capsys, monkeypatch):
-    monkeypatch.chdir(directory)
-    code = main([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    assert code == 0, err
-    return json.loads(out)
-
-
-def together(processes, argv, directory, **options):
-    first, *others = processes.run(argv, directory=directory, **options)
-    assert first.code == 0, first.err
-    assert [o.code for o in others] == [0] * len(others)
-    return json.loads(first.out)
-
-
-def metrics(directory):
-    """Return the lines by step. A sharded run measures the student before its first step, others later."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return sorted(lines, key=lambda line: (line["step"], "valid_loss" in line))
-
-
-def assert_same_run(one, two, tolerance=1e-5, weights=1e-4):
-    """Check that two output directories have the same metrics and weights, but for the rounding of sums."""
-    for left, right in zip(metrics(one), metrics(two), strict=True):
-        assert left.keys() == right.keys()
-        for key in left.keys() - set(CLOCK):
-            expected = left[key]
-            if isinstance(expected, float):
-                allowed = max(1e-3, tolerance) if tolerance and key == "grad_norm" else tolerance
-                expected = pytest.approx(expected, rel=allowed, abs=allowed)
-            assert right[key] == expected, (key, left, right)
-    assert_same_weights(one, two, weights)
-
-
-def assert_same_weights(one, two, tolerance):
-    left, right = (load_file(directory / "model.safetensors") for directory in (one, two))
-    assert left.keys() == right.keys()
-    for name, weight in left.items():
-        torch.testing.assert_close(right[name], weight, rtol=0, atol=tolerance)
 
 
 CASES = [
@@ -104,8 +54,8 @@ CASES = [
 
 @pytest.mark.parametrize(("method", "fields"), CASES, ids=[f"{i}-{name}" for i, (name, _) in enumerate(CASES)])
 def test_sharded_run_is_the_same_run(method, fields, pair, tmp_path, capsys, monkeypatch):
-    alone(distill("one", *fields, method=method), tmp_path, capsys, monkeypatch)
-    together(pair, distill("two", *fields, FULL, method=method), tmp_path)
+    run_alone(distill("one", *fields, method=method), tmp_path, capsys, monkeypatch)
+    run_together(pair, distill("two", *fields, FULL, method=method), tmp_path)
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
@@ -130,7 +80,7 @@ def test_fine_tuning_of_other_families(family, pair_of_plain_passes, tmp_path):
     sft = ["sft", "--model", "model", "--data", "builtin", "--steps", 3, "--lr", "1e-5", "--json"]
     sft += [word for field in fields for word in ("--set", field)]
     for shard in (NONE, FULL):
-        together(pair_of_plain_passes, [*sft, "--set", shard, "--output", shard], tmp_path)
+        run_together(pair_of_plain_passes, [*sft, "--set", shard, "--output", shard], tmp_path)
     assert_same_run(tmp_path / NONE, tmp_path / FULL, 1e-4)
 
 
@@ -159,7 +109,7 @@ def test_student_that_is_read_in_parts(name, stored, pair, tmp_path):
     """Check that the run has the same bits as one whose processes read all weights."""
     fields = (*SAVED, FULL, "eval.report_rows=2", "eval.metrics=exact_match", "student.save_dtype=bf16")
     for run in ("pickled", name):
-        together(pair, distill(run, *fields, f"student.path={stored / run}", few=FEW_ROWS), tmp_path)
+        run_together(pair, distill(run, *fields, f"student.path={stored / run}", few=FEW_ROWS), tmp_path)
     assert_same_run(tmp_path / "pickled", tmp_path / name, 0, 0)
     for file in ("config.json", "checkpoints/step-000002/config.json", "eval/report/student-before.json"):
         assert (tmp_path / "pickled" / file).read_bytes() == (tmp_path / name / file).read_bytes()
@@ -178,7 +128,7 @@ def test_student_that_is_read_in_parts(name, stored, pair, tmp_path):
 
 def test_weights_of_an_earlier_step_are_restored(stored, pair, tmp_path):
     fields = (f"student.path={stored / 'half'}", "train.select=valid_loss", "train.lr=0.03", "train.warmup=0.99")
-    result = together(pair, distill("run", *fields, FULL, method="kd", steps=6), tmp_path)
+    result = run_together(pair, distill("run", *fields, FULL, method="kd", steps=6), tmp_path)
     best = result["best_step"]
     assert best < 6
     measured = {line["step"]: line["valid_loss"] for line in metrics(tmp_path / "run") if "valid_loss" in line}
@@ -191,16 +141,16 @@ def test_weights_of_an_earlier_step_are_restored(stored, pair, tmp_path):
 @pytest.mark.parametrize("fields", [(), LORA], ids=["full", "lora"])
 def test_fine_tuning_and_a_stage_before_it(fields, pair, tmp_path, capsys, monkeypatch):
     fields = (*fields, "student.sft_epochs=0.2", "student.save_dtype=bf16")
-    alone(distill("one", *fields, method="kd"), tmp_path, capsys, monkeypatch)
-    together(pair, distill("two", *fields, FULL, method="kd"), tmp_path)
+    run_alone(distill("one", *fields, method="kd"), tmp_path, capsys, monkeypatch)
+    run_together(pair, distill("two", *fields, FULL, method="kd"), tmp_path)
     assert_same_run(tmp_path / "one", tmp_path / "two", weights=1e-2)  # bf16
     assert_same_weights(tmp_path / "one/sft", tmp_path / "two/sft", 1e-2)
 
 
 def test_best_checkpoint_is_selected(pair, tmp_path, capsys, monkeypatch):
     fields = ("train.select=rouge_l", "eval.report_rows=5", "eval.max_new_tokens=5", "eval.metrics=rouge_l")
-    one = alone(distill("one", *fields, steps=6, few=FEW_ROWS), tmp_path, capsys, monkeypatch)
-    two = together(pair, distill("two", *fields, FULL, steps=6, few=FEW_ROWS), tmp_path)
+    one = run_alone(distill("one", *fields, steps=6, few=FEW_ROWS), tmp_path, capsys, monkeypatch)
+    two = run_together(pair, distill("two", *fields, FULL, steps=6, few=FEW_ROWS), tmp_path)
     assert one["best_step"] == two["best_step"]
     for name, report in one["report"].items():
         assert two["report"][name] == pytest.approx(report, abs=1e-4)
@@ -212,7 +162,7 @@ def test_best_checkpoint_is_selected(pair, tmp_path, capsys, monkeypatch):
 def test_resume(before, after, fields, pair, tmp_path, capsys, monkeypatch):
     """Check that a checkpoint continues with shards, without, and in a single process (None)."""
     whole = distill("whole", *SAVED, *fields, steps=4)
-    alone(whole, tmp_path, capsys, monkeypatch)
+    run_alone(whole, tmp_path, capsys, monkeypatch)
     parts = [*whole, "--output", "parts"]
     stop = (2, signal.SIGTERM)
     if before is None:
@@ -225,26 +175,26 @@ def test_resume(before, after, fields, pair, tmp_path, capsys, monkeypatch):
     step = read_checkpoint(visible(tmp_path / "parts/checkpoints")[-1]).state["progress"]["step"]
     assert 1 <= step < 4
     if after is None:
-        alone([*parts, "--resume"], tmp_path, capsys, monkeypatch)
+        run_alone([*parts, "--resume"], tmp_path, capsys, monkeypatch)
     else:
-        together(pair, [*parts, "--set", after, "--resume"], tmp_path)
+        run_together(pair, [*parts, "--set", after, "--resume"], tmp_path)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_resume_with_shards_gives_the_same_bits(pair, tmp_path):
     fields = (*SAVED, FULL, "student.dropout=0.1")
-    together(pair, distill("whole", *fields, steps=4), tmp_path)
+    run_together(pair, distill("whole", *fields, steps=4), tmp_path)
     parts = distill("parts", *fields, steps=4)
     outcomes = pair.run(parts, directory=tmp_path, faults={0: ["signal_arrives", 2, signal.SIGTERM]})
     assert outcomes[0].code == 143
-    together(pair, [*parts, "--resume"], tmp_path)
+    run_together(pair, [*parts, "--resume"], tmp_path)
     assert_same_weights(tmp_path / "whole", tmp_path / "parts", 0)
 
 
 def test_checkpoint_that_does_not_fit_in_memory(pair, tmp_path, capsys, monkeypatch):
     """Check that one that is gathered on disk is the same, leaves nothing else there, and continues in one process."""
     whole = distill("whole", *SAVED, FULL)
-    together(pair, whole, tmp_path)
+    run_together(pair, whole, tmp_path)
     short = [*whole, "--output", "short"]
     outcomes = pair.run(
         short, directory=tmp_path, faults={0: ["memory_is_short"], 1: ["signal_arrives", 2, signal.SIGTERM]}
@@ -258,7 +208,7 @@ def test_checkpoint_that_does_not_fit_in_memory(pair, tmp_path, capsys, monkeypa
             one, two = (load_file(place / path.name / name) for place in (tmp_path / "whole/checkpoints", path.parent))
             assert one.keys() == two.keys()
             assert all(torch.equal(one[key], two[key]) for key in one)
-    alone([*short, "--set", NONE, "--resume"], tmp_path, capsys, monkeypatch)
+    run_alone([*short, "--set", NONE, "--resume"], tmp_path, capsys, monkeypatch)
     assert_same_run(tmp_path / "whole", tmp_path / "short")
 
 
@@ -314,11 +264,11 @@ def test_servers_of_two_processes(pair, tmp_path, capsys, monkeypatch):
     run += [word for field in (*few, *fields) for word in ("--set", field)]
     with serving(student) as rollouts, serving(teacher, pools=True) as states:
         run += ["--rollout-server", rollouts.url, "--teacher-server", states.url]
-        one = alone([*run, "--output", "one"], tmp_path, capsys, monkeypatch)
+        one = run_alone([*run, "--output", "one"], tmp_path, capsys, monkeypatch)
         asked = rollouts.log["/v1/completions"]
         for shard in (NONE, FULL):
             rollouts.log.clear()
-            two = together(pair, [*run, "--set", shard, "--output", shard], tmp_path)
+            two = run_together(pair, [*run, "--set", shard, "--output", shard], tmp_path)
             assert rollouts.log["/v1/completions"] == asked
             assert two["sampled_tokens"] == one["sampled_tokens"] > 0
             assert_same_run(tmp_path / "one", tmp_path / shard)
@@ -326,19 +276,20 @@ def test_servers_of_two_processes(pair, tmp_path, capsys, monkeypatch):
 
 def test_run_in_bf16(pair, tmp_path):
     for shard in (NONE, FULL):
-        together(pair, distill(shard, *ROLLOUTS, shard, "student.dtype=bf16"), tmp_path)
+        run_together(pair, distill(shard, *ROLLOUTS, shard, "student.dtype=bf16"), tmp_path)
     assert_same_run(tmp_path / NONE, tmp_path / FULL, tolerance=1e-2, weights=2e-2)
 
 
 def test_accelerate_that_is_configured_for_fsdp(pair, tmp_path):
     configured = {rank: ["accelerate_uses_fsdp"] for rank in range(2)}
-    first, _ = pair.run(distill("run", method="kd", steps=1), directory=tmp_path, faults=configured)
+    argv = [word for word in distill("run", method="kd", steps=1) if word != "--quiet"]
+    first, _ = pair.run(argv, directory=tmp_path, faults=configured)
     assert first.code == 0
     assert "the student is distributed over 2 processes" in first.err
 
 
 def test_single_process_is_not_sharded(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    alone(distill("auto", method="kd", steps=1), tmp_path, capsys, monkeypatch)
-    alone(distill("full", FULL, method="kd", steps=1), tmp_path, capsys, monkeypatch)
+    run_alone(distill("auto", method="kd", steps=1), tmp_path, capsys, monkeypatch)
+    run_alone(distill("full", FULL, method="kd", steps=1), tmp_path, capsys, monkeypatch)
     assert_same_weights(tmp_path / "auto", tmp_path / "full", 0)
