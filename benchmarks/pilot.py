@@ -57,7 +57,7 @@ def best_known(regime: Regime, seed: int, most: float = float("inf")) -> tuple[s
 
 def _cost(place: Path) -> float:
     """Return the cost of the run of a directory."""
-    return cost([(json.loads(place.with_name(place.name + ".json").read_text()), {})])
+    return cost([json.loads(place.with_name(place.name + ".json").read_text())])
 
 
 def main() -> None:

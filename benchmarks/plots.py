@@ -160,53 +160,53 @@ def _alpha(pyplot, lines: dict):
     return figure
 
 
-def draw_regimes(task, points: dict[int, dict[str, tuple[float, list[tuple[dict, dict]]]]], place: Path) -> None:
-    """Plot where student outputs pay. points: rows → arm → (cost in steps on rows, results by seed).
+def draw_regimes(task: str, regimes: dict[int, dict[str, list[dict]]], place: Path) -> None:
+    """Plot where student outputs pay, from the runs of ``regimes.py`` by number of rows and arm.
 
-    The first plot shows the gain over the best arm on rows against the number of rows, the second one panel per number of
-    rows with the first metric against the cost.
+    The first plot shows the gain over the best arm on rows of at least the same cost against the number of rows, with 95 %
+    intervals; the second has a panel per number of rows with the first metric against the cost.
     """
+    from regimes import cost, gains, half_width, is_on_rows, metrics, reference
+
     pyplot, keep = _svg(place)
-    metric = task.metrics[0]
-    sign = 1 if task.lower else -1
-
-    def value(done: list[tuple[dict, dict]], name: str) -> float:
-        return statistics.mean(scores[name][metric]["mean"] for _, scores in done)
-
-    def is_on_rows(arm: str) -> bool:
-        return arm.partition(" x")[0] == "sft" or " off" in arm
-
-    arms = [arm for arm in dict.fromkeys(a for by_arm in points.values() for a in by_arm) if not is_on_rows(arm)]
+    every = [runs for arms in regimes.values() for runs in arms.values()]
+    metric, passes = metrics(every[0])[0], list(every[0][0]["test"])
+    arms = [arm for arm in dict.fromkeys(a for by_arm in regimes.values() for a in by_arm) if not is_on_rows(arm)]
     colors = dict(zip(arms, pyplot.cm.tab10.colors, strict=False))
-    figure, axes = pyplot.subplots(1, len(task.passes), figsize=(8, 3.2), sharey=True)
-    for panel, name in zip(axes, task.passes, strict=True):
+    figure, axes = pyplot.subplots(1, len(passes), figsize=(8, 3.2), sharey=True)
+    for panel, name in zip(axes, passes, strict=True):
         for arm in arms:
-            xs = [rows for rows, by_arm in sorted(points.items()) if arm in by_arm]
-            best = [min(sign * value(d, name) for a, (_, d) in points[rows].items() if is_on_rows(a)) for rows in xs]
-            gains = [b - sign * value(points[rows][arm][1], name) for b, rows in zip(best, xs, strict=True)]
-            panel.plot(xs, gains, "o-", label=arm, color=colors[arm], markersize=4)
+            found = {}
+            for rows, by_arm in regimes.items():
+                against = reference(by_arm, arm, passes[-1]) if arm in by_arm else None
+                if against:
+                    found[rows] = gains(by_arm, arm, against, name)
+            means = [statistics.mean(values) for values in found.values()]
+            panel.errorbar(
+                list(found), means, [half_width(values) for values in found.values()],
+                fmt="o-", label=arm, color=colors[arm], markersize=4, linewidth=1.2, capsize=2,
+            )  # fmt: skip
         panel.axhline(0, color=INK, linewidth=0.8)
         panel.set_xscale("log")
-        panel.set_xticks(sorted(points), [f"{rows:,}" for rows in sorted(points)])
+        panel.set_xticks(sorted(regimes), [f"{rows:,}" for rows in sorted(regimes)], rotation=45)
         panel.minorticks_off()
         panel.set_title(name)
         panel.set_xlabel("rows")
         _bare(panel)
     axes[0].set_ylabel(f"gain in {metric.replace('_', ' ')}, points")
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    keep(figure, f"regimes-{task.name}-gain")
+    keep(figure, f"regimes-{task}-gain")
 
-    shown = sorted(points)
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(3 * len(shown), 3.2), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(regimes), figsize=(3 * len(regimes), 3.2), squeeze=False)
     figure.subplots_adjust(wspace=0.3)
-    for panel, rows in zip(axes[0], shown, strict=True):
-        for arm, (spent, done) in points[rows].items():
-            color = INK if is_on_rows(arm) else colors[arm]
-            panel.plot(spent, value(done, "greedy"), "o", color=color, markersize=5)
-            panel.annotate(arm, (spent, value(done, "greedy")), xytext=(4, 3), textcoords="offset points", fontsize=7)
+    for panel, (rows, by_arm) in zip(axes[0], sorted(regimes.items()), strict=True):
+        for arm, runs in by_arm.items():
+            value = statistics.mean(run["test"]["greedy"][metric] for run in runs)
+            panel.plot(cost(runs), value, "o", color=colors.get(arm, INK), markersize=5)
+            panel.annotate(arm, (cost(runs), value), xytext=(4, 3), textcoords="offset points", fontsize=7)
         panel.margins(x=0.25)  # for the names
         panel.set_title(f"{rows:,} rows")
         panel.set_xlabel("cost, steps on rows")
         _bare(panel)
     axes[0][0].set_ylabel(f"{metric.replace('_', ' ')}, greedy")
-    keep(figure, f"regimes-{task.name}-cost")
+    keep(figure, f"regimes-{task}-cost")

@@ -1,7 +1,8 @@
 """Measure where student outputs pay: number of rows × schedule × objective, every model through the command line.
 
-    python benchmarks/regimes.py g2p sums --work DIR --data DIR [--rows 500 2000] [--seeds 10 11 12] [--report]
+    python benchmarks/regimes.py g2p sums --work DIR --data DIR [--rows 500 2000] [--seeds 10 11 12]
         [--arms sft "kl off" "kl off x2" "kl auto" …] [--grid 4e-3]
+    python benchmarks/regimes.py g2p --report [--plots benchmarks/plots]
 
 Tasks: letters → phonemes (``g2p``), running sums with long answers (``sums``), intents (``banking77``), the built-in
 kinds of questions (``questions``), and instructions with free answers (``dolly``). Per task and number of rows: one
@@ -9,21 +10,26 @@ teacher, trained on all rows (``questions``: the one in the package); per seed a
 ten epochs on the chosen rows; then SFT and every objective with every schedule from that start, for the same number of
 optimizer steps. An arm with ``xN`` has N times the steps, for comparisons at equal seconds; one with ``key=value`` has
 that setting, as in ``"skl off objective.temperature=2"`` or ``"kl off objective.tokens=entropy:0.5 x1.2"``. The
-learning rate of each objective is the best of the grid on validation rows, first seed, without student outputs; with a
-single rate in ``--grid`` there is no choice.
+learning rate of an arm is the best of the grid on validation rows, first seed, for its objective and settings without
+student outputs; with a single rate in ``--grid`` there is no choice.
 
-Results are cached per run, and the report prints what exists. Seeds come first, so that an interrupted map is complete for
-fewer seeds. Times are those of the training loop, teacher states cached; compare them within one run of this script alone.
-The columns ``cost`` (steps, with FRESH_COST for one on fresh student outputs) and ``sampled tokens`` (of the student, in
-training) do not depend on other programs. --plots DIR draws the gain over the best arm on rows against the number of rows,
-and the error against the cost.
+Every finished run is a line of ``results/regimes.jsonl``, which has no models: a run with a line is not repeated, and
+the report needs nothing else. Seeds come first, so that an interrupted map is complete for fewer seeds. Times are those
+of the training loop, teacher states cached; compare them within one run of this script alone. The columns ``cost``
+(steps, with FRESH_COST for one on fresh student outputs) and ``sampled`` (tokens of the student, in training) do not
+depend on other programs. A map can be continued on another machine, where the same commands train another teacher: each
+line has its teacher's greedy test figure. The report ends with each arm's gain over the best arm on rows of at least its
+cost, in points by seed, with a 95 % interval. --plots DIR draws these gains against the number of rows, and the error
+against the cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +39,9 @@ import tasks
 from lab import mean_sd
 from tasks import Task
 
+from distillm_cli.config.fields import is_lower_better
+
+RESULTS = Path(__file__).parent / "results" / "regimes.jsonl"
 DIVERGENCES = {"kl": [], "rkl": [], "skl": ["--alpha", "0.1"], "srkl": ["--alpha", "0.1"], "ab": []}
 SCHEDULES = {
     "off": ["--schedule", "off"],
@@ -47,6 +56,8 @@ SCHEDULES = {
 }
 SFT = "sft"
 FRESH_COST = 3.0  # of a step on fresh student outputs, in steps on rows or replayed outputs (LOG.md, 2026-11-30)
+RUN_FIGURES = ("train_s", "dataset_steps", "rollout_steps", "replay_steps", "sampled_tokens")
+_T_QUANTILE = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36}  # 97.5 % quantile by degrees of freedom
 ROWS = (500, 1000, 2000, 4000, 8000, 30000)
 
 
@@ -115,6 +126,37 @@ def dolly(data: Path, work: Path, threads: int) -> Task:
 TASKS = {"g2p": g2p, "sums": sums, "banking77": banking77, "questions": questions, "dolly": dolly}
 
 
+class Results:
+    """Hold the finished runs of a file, one JSON object per line. Several threads may use it."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.lines: list[dict] = []
+        self._lock = threading.Lock()
+        if file.exists():
+            self.lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    def find(self, **key: object) -> dict | None:
+        """Return the first line with these values."""
+        return next((line for line in self.lines if all(line.get(k) == v for k, v in key.items())), None)
+
+    def add(self, line: dict) -> dict:
+        """Append a line to the file, and return it."""
+        with self._lock:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self.lines.append(line)
+        return line
+
+    def arms(self, task: str, rows: int, seeds: list[int]) -> dict[str, list[dict]]:
+        """Return the runs of a regime by arm, ordered by seed."""
+        chosen = [line for line in self.lines if (line["task"], line["rows"], line["kind"]) == (task, rows, "run")]
+        chosen = sorted((line for line in chosen if line["seed"] in seeds), key=lambda line: line["seed"])
+        names = sorted({line["arm"] for line in chosen}, key=lambda arm: (not is_on_rows(arm), arm))
+        return {name: [line for line in chosen if line["arm"] == name] for name in names}
+
+
 class Regime:
     """Hold the runs of one task with one number of rows. The teacher is that of all rows.
 
@@ -148,25 +190,40 @@ class Regime:
         method = ["--method", "kd", "--divergence", divergence, *DIVERGENCES[divergence]]
         return ("distill", *method, *SCHEDULES[schedule], *tasks.sets(*settings))
 
-    def rate(self, arm: str, seed: int) -> str:
-        """Return the learning rate of the arm's objective: the best of the grid without student outputs."""
+    def rate(self, arm: str, seed: int, results: Results) -> str:
+        """Return an arm's learning rate: the best of the grid for its objective and settings without student outputs."""
         if len(self.task.grid) == 1:
             return self.task.grid[0]
-        objective = arm.split()[0]
-        reference = SFT if objective == SFT else f"{objective} off"
+        objective, _, *settings = _factor(arm)[0].split() + ["off"] * (arm == SFT)
+        reference = SFT if objective == SFT else " ".join([objective, "off", *settings])
         scores = {}
         for lr in self.task.grid:
-            _, result = self.task.train(self.argv(reference), seed, lr, self.task.steps)
-            scores[lr] = self.task.valid_score(result)
+            key = {"task": self.whole.name, "rows": self.rows, "arm": reference, "seed": seed, "lr": lr}
+            tried = results.find(**key, kind="rate")
+            if not tried:
+                _, result = self.task.train(self.argv(reference), seed, lr, self.task.steps)
+                tried = results.add(key | {"kind": "rate", "valid": self.task.valid_score(result)})
+            scores[lr] = tried["valid"]
         return min(scores, key=lambda lr: (scores[lr], float(lr)))
 
-    def train(self, arm: str, seed: int, first_seed: int) -> tuple[Path, dict]:
-        """Run an arm; return its directory and its ``--json`` object."""
-        steps = round(self.task.steps * _factor(arm)[1])
-        return self.task.train(self.argv(arm), seed, self.rate(arm, first_seed), steps)
+    def measure(self, arm: str, seed: int, first_seed: int, results: Results) -> None:
+        """Train and score an arm, unless it has a result."""
+        key = {"task": self.whole.name, "rows": self.rows, "arm": arm, "seed": seed}
+        if results.find(**key, kind="run"):
+            return
+        lr, steps = self.rate(arm, first_seed, results), round(self.task.steps * _factor(arm)[1])
+        place, result = self.task.train(self.argv(arm), seed, lr, steps)
+        line = {**key, "kind": "run", "lr": lr, "steps": steps, "epochs": round(steps * self.task.batch / self.rows, 1)}
+        line |= {name: result[name] for name in RUN_FIGURES}
+        line["test"] = {name: self._scored(place, name) for name in self.task.passes}
+        line["teacher"] = self.whole.score(self.whole.teacher(), "teacher", "greedy")[self.whole.metrics[0]]["mean"]
+        results.add(line)
 
-    def score(self, place: Path, name: str) -> dict:
-        return self.task.score(place, place.name, name)
+    def _scored(self, place: Path, name: str) -> dict[str, float]:
+        """Return the test figures of a model with one decoding setting."""
+        suite = self.task.score(place, place.name, name)
+        found = {metric: suite[metric]["mean"] for metric in self.task.metrics}
+        return found if name == "greedy" else found | {"entropy": suite["entropy"]}
 
 
 def _factor(arm: str) -> tuple[str, float]:
@@ -180,71 +237,117 @@ def _with_data(words: list[str], place: Path) -> list[str]:
     return [str(place) if before == "--data" else word for before, word in zip(["", *words], words, strict=False)]
 
 
-def measure(regime: Regime, arms: list[str], seed: int, first_seed: int) -> None:
+def measure(regime: Regime, arms: list[str], seed: int, first_seed: int, results: Results) -> None:
     """Train and score the arms with one seed."""
     for arm in arms:
-        place, _ = regime.train(arm, seed, first_seed)
-        for name in regime.task.passes:
-            regime.score(place, name)
+        regime.measure(arm, seed, first_seed, results)
 
 
-def report(regime: Regime, arms: list[str], seeds: list[int]) -> None:
-    """Print the table of one regime, from existing results."""
-    task = regime.task
-    columns = " | ".join([*(f"{metric} {name}" for name in task.passes for metric in task.metrics), "entropy T=1"])
-    print(f"\n{task.name}, {regime.rows:,} rows, {task.steps * task.batch / regime.rows:.1f} epochs\n")
-    print(f"| arm | seeds | cost | seconds | steps: rows / rollouts / replay | sampled tokens | {columns} |")
-    print("|---" * (7 + len(task.passes) * len(task.metrics)) + "|")
-    for arm in arms:
-        done = finished(regime, arm, seeds)
-        if not done:
-            continue
-        cells = [
-            mean_sd([scores[name][metric]["mean"] for _, scores in done])
-            for name in task.passes
-            for metric in task.metrics
-        ]
-        cells.append(mean_sd([scores["T=1"]["entropy"] for _, scores in done]))
-        sources = [statistics.mean(r[f"{kind}_steps"] for r, _ in done) for kind in ("dataset", "rollout", "replay")]
-        facts = [f"{len(done)}", f"{cost(done):,.0f}", mean_sd([r["train_s"] for r, _ in done])]
-        facts.append(" / ".join(f"{n:,.0f}" for n in sources))
-        facts.append(f"{statistics.mean(r['sampled_tokens'] for r, _ in done):,.0f}")
-        print(f"| {arm} | {' | '.join([*facts, *cells])} |")
+def is_on_rows(arm: str) -> bool:
+    """Return whether an arm has no student outputs."""
+    return arm.split()[0] == SFT or arm.split()[1] == "off"
 
 
-def finished(regime: Regime, arm: str, seeds: list[int]) -> list[tuple[dict, dict]]:
-    """Return the stored results and test figures of an arm, one per seed that has them."""
-    done = []
-    for seed in seeds:
-        try:
-            place, result = regime.train(arm, seed, seeds[0])
-            done.append((result, {name: regime.score(place, name) for name in regime.task.passes}))
-        except LookupError:
-            continue
-    return done
-
-
-def cost(done: list[tuple[dict, dict]]) -> float:
+def cost(runs: list[dict]) -> float:
     """Return the mean cost of runs, in steps on rows."""
-    return statistics.mean(r["dataset_steps"] + r["replay_steps"] + FRESH_COST * r["rollout_steps"] for r, _ in done)
+    return statistics.mean(r["dataset_steps"] + r["replay_steps"] + FRESH_COST * r["rollout_steps"] for r in runs)
 
 
-def plot(regimes: list[Regime], arms: list[str], seeds: list[int], place: Path) -> None:
-    """Draw the two plots of a task's existing results."""
-    from plots import draw_regimes
+def reference(arms: dict[str, list[dict]], arm: str, name: str) -> str | None:
+    """Return the arm on rows with the best first metric of a decoding setting among those of at least 95 % of the cost.
 
-    points = {
-        regime.rows: {arm: (cost(done), done) for arm in arms if (done := finished(regime, arm, seeds))}
-        for regime in regimes
+    It has the arm's settings, such as a temperature, and every seed of the arm.
+    """
+    seeds = {run["seed"] for run in arms[arm]}
+    settings = _factor(arm)[0].split()[2:]
+    found = {
+        other: _mean(runs, name)
+        for other, runs in arms.items()
+        if is_on_rows(other)
+        and other.split()[0] != SFT
+        and _factor(other)[0].split()[2:] == settings
+        and cost(runs) >= 0.95 * cost(arms[arm])
+        and seeds <= {run["seed"] for run in runs}
     }
-    draw_regimes(regimes[0].task, points, place)
+    if not found:
+        return None
+    metric = metrics(arms[arm])[0]
+    return (min if is_lower_better(metric) else max)(found, key=lambda other: found[other])
+
+
+def gains(arms: dict[str, list[dict]], arm: str, other: str, name: str) -> list[float]:
+    """Return by seed how many points an arm is better than another one in the first metric of a decoding setting."""
+    metric = metrics(arms[arm])[0]
+    sign = -1 if is_lower_better(metric) else 1
+    theirs = {run["seed"]: run["test"][name][metric] for run in arms[other]}
+    return [sign * (run["test"][name][metric] - theirs[run["seed"]]) for run in arms[arm]]
+
+
+def metrics(runs: list[dict]) -> list[str]:
+    """Return the metrics of runs, the deciding one first."""
+    return [name for name in next(iter(runs[0]["test"].values())) if name != "entropy"]
+
+
+def half_width(values: list[float]) -> float:
+    """Return half the width of the 95 % interval of a mean by Student's t; 0 of a single value."""
+    if len(values) == 1:
+        return 0.0
+    return _T_QUANTILE[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
+
+
+def interval(values: list[float]) -> str:
+    """Format a mean with the half width of its 95 % interval: ``+1.2 ± 0.4``."""
+    mean = f"{statistics.mean(values):+.1f}"
+    return f"{mean} ± {half_width(values):.1f}" if len(values) > 1 else mean
+
+
+def _mean(runs: list[dict], name: str) -> float:
+    return statistics.mean(run["test"][name][metrics(runs)[0]] for run in runs)
+
+
+def report(task: str, rows: int, arms: dict[str, list[dict]]) -> None:
+    """Print the tables of one regime: all arms, then the gains over arms on rows."""
+    first = next(iter(arms.values()))
+    passes = list(first[0]["test"])
+    print(f"\n**{task}, {rows:,} rows**\n")
+    columns = " | ".join(f"{metric} {name}" for name in passes for metric in metrics(first))
+    print(
+        f"| arm | seeds | lr | cost | seconds | steps: rows / rollouts / replay | sampled | {columns} | entropy T=1 |"
+    )
+    print("|---" * (8 + columns.count("|") + 1) + "|")
+    for arm, runs in arms.items():
+        sources = [statistics.mean(run[f"{kind}_steps"] for run in runs) for kind in ("dataset", "rollout", "replay")]
+        seconds = statistics.mean(run["train_s"] for run in runs)
+        cells = [str(len(runs)), runs[0]["lr"], f"{cost(runs):,.0f}", f"{seconds:.0f}"]
+        cells += [" / ".join(f"{n:,.0f}" for n in sources)]
+        cells += [f"{statistics.mean(run['sampled_tokens'] for run in runs):,.0f}"]
+        cells += [mean_sd([run["test"][n][metric] for run in runs]) for n in passes for metric in metrics(first)]
+        cells += [mean_sd([run["test"]["T=1"]["entropy"] for run in runs])]
+        print(f"| {arm} | {' | '.join(cells)} |")
+
+
+def report_gains(task: str, regimes: dict[int, dict[str, list[dict]]]) -> None:
+    """Print the gain of each arm with student outputs over the best arm on rows of at least its cost."""
+    passes = list(next(iter(next(iter(regimes.values())).values()))[0]["test"])
+    print(f"\n**{task}: gain over the best arm on rows of at least the same cost, points, 95 % interval**\n")
+    print(f"| rows | arm | seeds | against | {' | '.join(passes)} |")
+    print("|---" * (4 + len(passes)) + "|")
+    for rows, arms in regimes.items():
+        for arm in arms:
+            against = None if is_on_rows(arm) else reference(arms, arm, passes[-1])
+            if against:
+                cells = [interval(gains(arms, arm, against, name)) for name in passes]
+                print(f"| {rows:,} | {arm} | {len(arms[arm])} | {against} | {' | '.join(cells)} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tasks", nargs="+", choices=TASKS)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="directory of the models, for new runs")
+    parser.add_argument("--data", type=Path, help="directory of the data sets, for new runs")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, help="file of the finished runs [default: %(default)s]"
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11, 12])
     parser.add_argument(
@@ -254,36 +357,44 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plots", type=Path, help="with --report: directory of the plots")
-    parser.add_argument("--report", action="store_true", help="print tables of existing results, without new runs")
+    parser.add_argument("--report", action="store_true", help="print tables of the finished runs, without new ones")
     args = parser.parse_args()
+    results = Results(args.results)
+    for name in args.tasks:
+        if args.report:
+            write(name, results, args.rows, args.seeds, args.plots)
+            continue
+        if args.work is None or args.data is None:
+            parser.error("new runs need --work and --data")
+        run_arms(name, results, args)
+
+
+def run_arms(name: str, results: Results, args: argparse.Namespace) -> None:
+    """Measure what is missing of a task."""
     sources = {"g2p": args.data / "g2p", "banking77": args.data / "banking77", "questions": None}
     sources |= {name: args.work.resolve() / f"{name}-rows" for name in ("sums", "dolly")}
-    for name in args.tasks:
-        whole = TASKS[name](args.data.resolve(), args.work.resolve(), args.threads)
-        whole = replace(whole, grid=tuple(args.grid)) if args.grid else whole
-        whole.work.mkdir(parents=True, exist_ok=True)
-        regimes = [Regime(whole, sources[name], rows) for rows in args.rows]
-        if args.report:
-            for regime in regimes:
-                regime.task.run = _existing
-                report(regime, args.arms, args.seeds)
-            if args.plots:
-                plot(regimes, args.arms, args.seeds, args.plots)
-            continue
-        jobs = [(regime, seed) for seed in args.seeds for regime in regimes]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            for future in [pool.submit(measure, regime, args.arms, seed, args.seeds[0]) for regime, seed in jobs]:
-                future.result()
+    whole = TASKS[name](args.data.resolve(), args.work.resolve(), args.threads)
+    whole = replace(whole, grid=tuple(args.grid)) if args.grid else whole
+    whole.work.mkdir(parents=True, exist_ok=True)
+    regimes = [Regime(whole, sources[name], rows) for rows in args.rows]
+    jobs = [(regime, seed) for seed in args.seeds for regime in regimes]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for future in [pool.submit(measure, regime, args.arms, seed, args.seeds[0], results) for regime, seed in jobs]:
+            future.result()
 
 
-def _existing(place: Path, argv: list[str]) -> dict:
-    """Return an existing result. Raises LookupError."""
-    import json
+def write(name: str, results: Results, rows: list[int], seeds: list[int], plots: Path | None) -> None:
+    """Print a task's tables, and draw its plots."""
+    regimes = {n: arms for n in rows if (arms := results.arms(name, n, seeds))}
+    if not regimes:
+        raise SystemExit(f"no runs of {name} with these rows and seeds in {results.file}")
+    for n, arms in regimes.items():
+        report(name, n, arms)
+    report_gains(name, regimes)
+    if plots:
+        from plots import draw_regimes
 
-    found = place.with_name(place.name + ".json")
-    if not found.exists():
-        raise LookupError(place.name)
-    return json.loads(found.read_text())
+        draw_regimes(name, regimes, plots)
 
 
 if __name__ == "__main__":
