@@ -164,7 +164,8 @@ def draw_regimes(task: str, regimes: dict[int, dict[str, list[dict]]], place: Pa
     """Plot where student outputs pay, from the runs of ``regimes.py`` by number of rows and arm.
 
     The first plot shows the gain over the best arm on rows of at least the same cost against the number of rows, with 95 %
-    intervals; the second has a panel per number of rows with the first metric against the cost.
+    intervals; the second has a panel per number of rows with the first metric against the cost, where a line connects an
+    arm's numbers of steps.
     """
     from regimes import cost, gains, half_width, is_on_rows, metrics, reference
 
@@ -184,7 +185,7 @@ def draw_regimes(task: str, regimes: dict[int, dict[str, list[dict]]], place: Pa
             means = [statistics.mean(values) for values in found.values()]
             panel.errorbar(
                 list(found), means, [half_width(values) for values in found.values()],
-                fmt="o-", label=arm, color=colors[arm], markersize=4, linewidth=1.2, capsize=2,
+                fmt="o-", label=_short(arm), color=colors[arm], markersize=4, linewidth=1.2, capsize=2,
             )  # fmt: skip
         panel.axhline(0, color=INK, linewidth=0.8)
         panel.set_xscale("log")
@@ -197,16 +198,30 @@ def draw_regimes(task: str, regimes: dict[int, dict[str, list[dict]]], place: Pa
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     keep(figure, f"regimes-{task}-gain")
 
-    figure, axes = pyplot.subplots(1, len(regimes), figsize=(3 * len(regimes), 3.2), squeeze=False)
-    figure.subplots_adjust(wspace=0.3)
-    for panel, (rows, by_arm) in zip(axes[0], sorted(regimes.items()), strict=True):
-        for arm, runs in by_arm.items():
-            value = statistics.mean(run["test"]["greedy"][metric] for run in runs)
-            panel.plot(cost(runs), value, "o", color=colors.get(arm, INK), markersize=5)
-            panel.annotate(arm, (cost(runs), value), xytext=(4, 3), textcoords="offset points", fontsize=7)
-        panel.margins(x=0.25)  # for the names
+    across = min(len(regimes), 3)
+    down = -(-len(regimes) // across)
+    figure, axes = pyplot.subplots(down, across, figsize=(3 * across, 2.6 * down), squeeze=False)
+    figure.subplots_adjust(wspace=0.3, hspace=0.5)
+    names = list(dict.fromkeys(_short(arm) for by_arm in regimes.values() for arm in by_arm))
+    colors = dict(zip(names, pyplot.cm.tab10.colors, strict=False))
+    for panel in axes.flat[len(regimes) :]:
+        panel.set_visible(False)
+    for panel, (rows, by_arm) in zip(axes.flat, sorted(regimes.items()), strict=False):
+        for name in names:
+            of_name = sorted((cost(runs), runs) for arm, runs in by_arm.items() if _short(arm) == name)
+            values = [statistics.mean(run["test"]["greedy"][metric] for run in runs) for _, runs in of_name]
+            panel.plot([spent for spent, _ in of_name], values, "o-", color=colors[name], markersize=5, label=name)
+        panel.margins(x=0.15, y=0.15)
         panel.set_title(f"{rows:,} rows")
-        panel.set_xlabel("cost, steps on rows")
         _bare(panel)
-    axes[0][0].set_ylabel(f"{metric.replace('_', ' ')}, greedy")
+    for panel in axes[-1]:
+        panel.set_xlabel("cost, steps on rows")
+    for panel in axes[:, 0]:
+        panel.set_ylabel(f"{metric.replace('_', ' ')}, greedy")
+    axes[0][-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     keep(figure, f"regimes-{task}-cost")
+
+
+def _short(arm: str) -> str:
+    """Return an arm's name without its number of steps and the sections of its settings."""
+    return arm.partition(" x")[0].replace("objective.", "")

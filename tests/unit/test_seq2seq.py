@@ -452,7 +452,8 @@ def test_cached_teacher_states_match_live_ones():
 
 
 def test_gradient_checkpointing_does_not_change_results():
-    plain, checkpointing = (build_trainer(steps=4, student=backbone("t5", dropout_rate=0.0)) for _ in range(2))
+    # With these weights no random draw is so close to the border of two tokens that rounding decides between them.
+    plain, checkpointing = (build_trainer(steps=4, student=backbone("t5", seed=1, dropout_rate=0.0)) for _ in range(2))
     model = checkpointing.student_loss.student.model
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     plain.train(), checkpointing.train()
