@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -41,3 +42,16 @@ def mean_sd(values: list[float], *, sign: bool = False) -> str:
     """Format mean and sample standard deviation: ``12.34 ± 0.56``. sign: ``+12.34``."""
     mean = f"{statistics.mean(values):{'+' if sign else ''}.2f}"
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def write_blocks(page: Path, blocks: dict[str, str]) -> None:
+    """Write each block between its marks in a page. The text around them is not changed."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        whole = f"{begin}\n{block}\n{end}"
+        if begin in text:
+            text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: whole, text, flags=re.DOTALL)  # noqa: B023
+        else:
+            text += f"\n{whole}\n"
+    page.write_text(text, encoding="utf-8")

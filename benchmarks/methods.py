@@ -22,7 +22,6 @@ WORK/pause delays new runs until it is removed.
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import sys
 import time
@@ -32,7 +31,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tasks
-from lab import mean_sd
+from lab import mean_sd, write_blocks
 from tasks import Task
 
 from distillm_cli import plugins
@@ -356,19 +355,6 @@ def ablations_table(bench: Bench, runs: dict, scores: dict) -> str:
     return "\n".join(lines)
 
 
-def write(blocks: dict[str, str]) -> None:
-    """Write each block between its marks in METHODS.md. The text around them is not changed."""
-    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    for name, block in blocks.items():
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-        whole = f"{begin}\n{block}\n{end}"
-        if begin in text:
-            text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: whole, text, flags=re.DOTALL)  # noqa: B023
-        else:
-            text += f"\n{whole}\n"
-    PAGE.write_text(text, encoding="utf-8")
-
-
 def compare(bench: Bench, blocks: dict[str, str]) -> tuple[dict, dict]:
     """Run the common part of a task: rates, runs, scores, table."""
     name = bench.task.name
@@ -431,7 +417,7 @@ def main() -> None:
     if "dolly" in parts:
         bench = open_bench(tasks.dolly(args.work / "dolly", args.threads), args.seeds)
         figures["dolly"] = (bench, *compare(bench, blocks))
-    write(blocks)
+    write_blocks(PAGE, blocks)
     from plots import draw
 
     draw(figures, PLOTS)

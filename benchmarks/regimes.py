@@ -18,9 +18,9 @@ the report needs nothing else. Seeds come first, so that an interrupted map is c
 of the training loop, teacher states cached; compare them within one run of this script alone. The columns ``cost``
 (steps, with FRESH_COST for one on fresh student outputs) and ``sampled`` (tokens of the student, in training) do not
 depend on other programs. A map can be continued on another machine, where the same commands train another teacher: each
-line has its teacher's greedy test figure. The report ends with each arm's gain over the best arm on rows of at least its
-cost, in points by seed, with a 95 % interval. --plots DIR draws these gains against the number of rows, and the error
-against the cost.
+line has its teacher's greedy test figure. --report writes two tables to METHODS.md: all arms, and each arm's gain over
+the best arm on rows of at least its cost, in points by seed, with a 95 % interval. --plots DIR draws these gains against
+the number of rows, and the error against the cost.
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ from pathlib import Path
 
 import running_sums
 import tasks
-from lab import mean_sd
+from lab import mean_sd, write_blocks
 from tasks import Task
 
+from distillm_cli import plugins
 from distillm_cli.config.fields import is_lower_better
 
-RESULTS = Path(__file__).parent / "results" / "regimes.jsonl"
+HERE = Path(__file__).resolve().parent
+PAGE, RESULTS = HERE / "METHODS.md", HERE / "results" / "regimes.jsonl"
 DIVERGENCES = {"kl": [], "rkl": [], "skl": ["--alpha", "0.1"], "srkl": ["--alpha", "0.1"], "ab": []}
 SCHEDULES = {
     "off": ["--schedule", "off"],
@@ -305,39 +307,36 @@ def _mean(runs: list[dict], name: str) -> float:
     return statistics.mean(run["test"][name][metrics(runs)[0]] for run in runs)
 
 
-def report(task: str, rows: int, arms: dict[str, list[dict]]) -> None:
-    """Print the tables of one regime: all arms, then the gains over arms on rows."""
-    first = next(iter(arms.values()))
-    passes = list(first[0]["test"])
-    print(f"\n**{task}, {rows:,} rows**\n")
-    columns = " | ".join(f"{metric} {name}" for name in passes for metric in metrics(first))
-    print(
-        f"| arm | seeds | lr | cost | seconds | steps: rows / rollouts / replay | sampled | {columns} | entropy T=1 |"
-    )
-    print("|---" * (8 + columns.count("|") + 1) + "|")
-    for arm, runs in arms.items():
-        sources = [statistics.mean(run[f"{kind}_steps"] for run in runs) for kind in ("dataset", "rollout", "replay")]
-        seconds = statistics.mean(run["train_s"] for run in runs)
-        cells = [str(len(runs)), runs[0]["lr"], f"{cost(runs):,.0f}", f"{seconds:.0f}"]
-        cells += [" / ".join(f"{n:,.0f}" for n in sources)]
-        cells += [f"{statistics.mean(run['sampled_tokens'] for run in runs):,.0f}"]
-        cells += [mean_sd([run["test"][n][metric] for run in runs]) for n in passes for metric in metrics(first)]
-        cells += [mean_sd([run["test"]["T=1"]["entropy"] for run in runs])]
-        print(f"| {arm} | {' | '.join(cells)} |")
+def table(regimes: dict[int, dict[str, list[dict]]]) -> str:
+    """Return the table of a task's arms by number of rows."""
+    first = next(iter(next(iter(regimes.values())).values()))
+    columns = [(name, metric) for name in first[0]["test"] for metric in metrics(first)]
+    head = ["rows", "arm", "seeds", "lr", "cost", "seconds", "steps: rows / rollouts / replay", "sampled"]
+    head += [*(f"{plugins.metrics[metric].label} {name}" for name, metric in columns), "entropy T=1"]
+    lines = [head, ["---"] * len(head)]
+    for rows, arms in regimes.items():
+        for arm, runs in arms.items():
+            sources = [statistics.mean(r[f"{kind}_steps"] for r in runs) for kind in ("dataset", "rollout", "replay")]
+            seconds = statistics.mean(run["train_s"] for run in runs)
+            cells = [f"{rows:,}", arm, str(len(runs)), runs[0]["lr"], f"{cost(runs):,.0f}", f"{seconds:.0f}"]
+            cells += [" / ".join(f"{n:,.0f}" for n in sources)]
+            cells += [f"{statistics.mean(run['sampled_tokens'] for run in runs):,.0f}"]
+            cells += [mean_sd([run["test"][name][metric] for run in runs]) for name, metric in columns]
+            lines.append([*cells, mean_sd([run["test"]["T=1"]["entropy"] for run in runs])])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def report_gains(task: str, regimes: dict[int, dict[str, list[dict]]]) -> None:
-    """Print the gain of each arm with student outputs over the best arm on rows of at least its cost."""
+def gains_table(regimes: dict[int, dict[str, list[dict]]]) -> str:
+    """Return the gain of each arm with student outputs over the best arm on rows of at least its cost."""
     passes = list(next(iter(next(iter(regimes.values())).values()))[0]["test"])
-    print(f"\n**{task}: gain over the best arm on rows of at least the same cost, points, 95 % interval**\n")
-    print(f"| rows | arm | seeds | against | {' | '.join(passes)} |")
-    print("|---" * (4 + len(passes)) + "|")
+    lines = [["rows", "arm", "seeds", "against", *passes], ["---"] * (4 + len(passes))]
     for rows, arms in regimes.items():
         for arm in arms:
             against = None if is_on_rows(arm) else reference(arms, arm, passes[-1])
             if against:
-                cells = [interval(gains(arms, arm, against, name)) for name in passes]
-                print(f"| {rows:,} | {arm} | {len(arms[arm])} | {against} | {' | '.join(cells)} |")
+                cells = [f"{rows:,}", arm, str(len(arms[arm])), against]
+                lines.append([*cells, *(interval(gains(arms, arm, against, name)) for name in passes)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main() -> None:
@@ -357,7 +356,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--plots", type=Path, help="with --report: directory of the plots")
-    parser.add_argument("--report", action="store_true", help="print tables of the finished runs, without new ones")
+    parser.add_argument("--report", action="store_true", help="write tables of the finished runs, without new ones")
     args = parser.parse_args()
     results = Results(args.results)
     for name in args.tasks:
@@ -384,13 +383,11 @@ def run_arms(name: str, results: Results, args: argparse.Namespace) -> None:
 
 
 def write(name: str, results: Results, rows: list[int], seeds: list[int], plots: Path | None) -> None:
-    """Print a task's tables, and draw its plots."""
+    """Write a task's tables to METHODS.md, and draw its plots."""
     regimes = {n: arms for n in rows if (arms := results.arms(name, n, seeds))}
     if not regimes:
         raise SystemExit(f"no runs of {name} with these rows and seeds in {results.file}")
-    for n, arms in regimes.items():
-        report(name, n, arms)
-    report_gains(name, regimes)
+    write_blocks(PAGE, {f"regimes: {name}, gains": gains_table(regimes), f"regimes: {name}": table(regimes)})
     if plots:
         from plots import draw_regimes
 
