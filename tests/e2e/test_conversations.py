@@ -147,7 +147,7 @@ def test_adapter_of_a_base_model_stops_at_turn_end(cli, tmp_path):
     model.save_pretrained(student)
     (tmp_path / "chat.jinja").write_text(CHAT, encoding="utf-8")
     form = [f"--set=data.chat_template={tmp_path / 'chat.jinja'}", "--set=student.lora_output=adapter"]
-    train = [*train_on(data), "--lora", 16, "--lr", "1e-2", "--steps", 150]
+    train = [*train_on(data), "--lora", 16, "--lr", "1e-2", "--steps", 300]
     code, _, err = cli("sft", "--model", student, *train, *form, "--output", "a")
     assert code == 0, err
     tokenizer = AutoTokenizer.from_pretrained("a")
