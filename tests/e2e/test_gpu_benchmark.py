@@ -25,7 +25,7 @@ def results(out, *options, **environment):
 @pytest.mark.long
 def test_dry_run_measures_every_part(tmp_path):
     names = ("machine", "losses", "steps", "rollouts", "whole_runs", "features")
-    parts, page = results(tmp_path, "--parts", *names)
+    parts, page = results(tmp_path, "--parts", *names, "--seconds", "1200")
     assert {name: part["state"] for name, part in parts.items()} == dict.fromkeys(names, "done")
     measured = [row for row in parts["losses"]["rows"] if row.get("loss", "").startswith("ours")]
     assert {row["loss"].split(", ")[1] for row in measured} >= {"skl", "kl", "akl"}
