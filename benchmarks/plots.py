@@ -173,7 +173,8 @@ def draw_regimes(task: str, regimes: dict[int, dict[str, list[dict]]], place: Pa
     every = [runs for arms in regimes.values() for runs in arms.values()]
     metric, passes = metrics(every[0])[0], list(every[0][0]["test"])
     arms = [arm for arm in dict.fromkeys(a for by_arm in regimes.values() for a in by_arm) if not is_on_rows(arm)]
-    colors = dict(zip(arms, pyplot.cm.tab10.colors, strict=False))
+    names = list(dict.fromkeys(_short(arm) for by_arm in regimes.values() for arm in by_arm))
+    colors = dict(zip(names, pyplot.cm.tab10.colors, strict=False))  # the same in both plots
     figure, axes = pyplot.subplots(1, len(passes), figsize=(8, 3.2), sharey=True)
     for panel, name in zip(axes, passes, strict=True):
         for arm in arms:
@@ -185,7 +186,7 @@ def draw_regimes(task: str, regimes: dict[int, dict[str, list[dict]]], place: Pa
             means = [statistics.mean(values) for values in found.values()]
             panel.errorbar(
                 list(found), means, [half_width(values) for values in found.values()],
-                fmt="o-", label=_short(arm), color=colors[arm], markersize=4, linewidth=1.2, capsize=2,
+                fmt="o-", label=_short(arm), color=colors[_short(arm)], markersize=4, linewidth=1.2, capsize=2,
             )  # fmt: skip
         panel.axhline(0, color=INK, linewidth=0.8)
         panel.set_xscale("log")
@@ -202,8 +203,6 @@ def draw_regimes(task: str, regimes: dict[int, dict[str, list[dict]]], place: Pa
     down = -(-len(regimes) // across)
     figure, axes = pyplot.subplots(down, across, figsize=(3 * across, 2.6 * down), squeeze=False)
     figure.subplots_adjust(wspace=0.3, hspace=0.5)
-    names = list(dict.fromkeys(_short(arm) for by_arm in regimes.values() for arm in by_arm))
-    colors = dict(zip(names, pyplot.cm.tab10.colors, strict=False))
     for panel in axes.flat[len(regimes) :]:
         panel.set_visible(False)
     for panel, (rows, by_arm) in zip(axes.flat, sorted(regimes.items()), strict=False):

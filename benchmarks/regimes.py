@@ -31,7 +31,7 @@ import random
 import statistics
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import running_sums
@@ -184,20 +184,19 @@ class Regime:
         self.task.work.mkdir(parents=True, exist_ok=True)
 
     def argv(self, arm: str) -> tuple[str, ...]:
-        """Return the arguments of an arm: ``sft`` or ``DIVERGENCE SCHEDULE [key=value …]``, with an optional ``xN``."""
-        divergence, *words = _factor(arm)[0].split()
-        if divergence == SFT:
+        """Return the arguments of an arm."""
+        parts = Arm.parse(arm)
+        if parts.divergence == SFT:
             return ("sft",)
-        schedule, *settings = words
-        method = ["--method", "kd", "--divergence", divergence, *DIVERGENCES[divergence]]
-        return ("distill", *method, *SCHEDULES[schedule], *tasks.sets(*settings))
+        method = ["--method", "kd", "--divergence", parts.divergence, *DIVERGENCES[parts.divergence]]
+        return ("distill", *method, *SCHEDULES[parts.schedule], *tasks.sets(*parts.settings))
 
     def rate(self, arm: str, seed: int, results: Results) -> str:
         """Return an arm's learning rate: the best of the grid for its objective and settings without student outputs."""
         if len(self.task.grid) == 1:
             return self.task.grid[0]
-        objective, _, *settings = _factor(arm)[0].split() + ["off"] * (arm == SFT)
-        reference = SFT if objective == SFT else " ".join([objective, "off", *settings])
+        parts = Arm.parse(arm)
+        reference = SFT if parts.divergence == SFT else " ".join([parts.divergence, "off", *parts.settings])
         scores = {}
         for lr in self.task.grid:
             key = {"task": self.whole.name, "rows": self.rows, "arm": reference, "seed": seed, "lr": lr}
@@ -213,7 +212,7 @@ class Regime:
         key = {"task": self.whole.name, "rows": self.rows, "arm": arm, "seed": seed}
         if results.find(**key, kind="run"):
             return
-        lr, steps = self.rate(arm, first_seed, results), round(self.task.steps * _factor(arm)[1])
+        lr, steps = self.rate(arm, first_seed, results), round(self.task.steps * Arm.parse(arm).factor)
         place, result = self.task.train(self.argv(arm), seed, lr, steps)
         line = {**key, "kind": "run", "lr": lr, "steps": steps, "epochs": round(steps * self.task.batch / self.rows, 1)}
         line |= {name: result[name] for name in RUN_FIGURES}
@@ -228,10 +227,21 @@ class Regime:
         return found if name == "greedy" else found | {"entropy": suite["entropy"]}
 
 
-def _factor(arm: str) -> tuple[str, float]:
-    """Return an arm without its ``xN``, and N."""
-    name, _, factor = arm.partition(" x")
-    return name, float(factor or 1)
+@dataclass(frozen=True)
+class Arm:
+    """Hold the parts of an arm's name, ``sft`` or ``DIVERGENCE SCHEDULE [key=value …]`` with an optional ``xN``."""
+
+    divergence: str
+    schedule: str
+    settings: tuple[str, ...]
+    factor: float
+
+    @classmethod
+    def parse(cls, name: str) -> Arm:
+        words, _, factor = name.partition(" x")
+        divergence, *rest = words.split()
+        schedule, *settings = rest or ["off"]  # of SFT
+        return cls(divergence, schedule, tuple(settings), float(factor or 1))
 
 
 def _with_data(words: list[str], place: Path) -> list[str]:
@@ -247,7 +257,7 @@ def measure(regime: Regime, arms: list[str], seed: int, first_seed: int, results
 
 def is_on_rows(arm: str) -> bool:
     """Return whether an arm has no student outputs."""
-    return arm.split()[0] == SFT or arm.split()[1] == "off"
+    return Arm.parse(arm).schedule == "off"
 
 
 def cost(runs: list[dict]) -> float:
@@ -261,13 +271,13 @@ def reference(arms: dict[str, list[dict]], arm: str, name: str) -> str | None:
     It has the arm's settings, such as a temperature, and every seed of the arm.
     """
     seeds = {run["seed"] for run in arms[arm]}
-    settings = _factor(arm)[0].split()[2:]
+    settings = Arm.parse(arm).settings
     found = {
         other: _mean(runs, name)
         for other, runs in arms.items()
         if is_on_rows(other)
-        and other.split()[0] != SFT
-        and _factor(other)[0].split()[2:] == settings
+        and Arm.parse(other).divergence != SFT
+        and Arm.parse(other).settings == settings
         and cost(runs) >= 0.95 * cost(arms[arm])
         and seeds <= {run["seed"] for run in runs}
     }

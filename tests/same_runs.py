@@ -40,14 +40,17 @@ def run_together(processes, argv, directory, **options):
 
 
 def metrics(directory):
-    """Return the lines by step. A sharded run measures the student before its first step, others later."""
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return sorted(lines, key=lambda line: (line["step"], "valid_loss" in line))
+    """Return the lines of an output directory's metrics."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same_run(one, two, tolerance=1e-5, weights=1e-4):
-    """Check that two output directories have the same metrics and weights, but for the rounding of sums."""
-    for left, right in zip(metrics(one), metrics(two), strict=True):
+    """Check that two output directories have the same metrics and weights, but for the rounding of sums.
+
+    Lines are compared by step: a sharded run measures the student before its first step, others later.
+    """
+    in_order = [sorted(metrics(d), key=lambda line: (line["step"], "valid_loss" in line)) for d in (one, two)]
+    for left, right in zip(*in_order, strict=True):
         assert left.keys() == right.keys()
         for key in left.keys() - set(CLOCK):
             expected = left[key]
