@@ -4,8 +4,9 @@
         [--arms sft "kl off" "kl off x2" "kl auto" …] [--grid 4e-3]
     python benchmarks/regimes.py g2p --report [--plots benchmarks/plots]
 
-Tasks: letters → phonemes (``g2p``), running sums with long answers (``sums``), intents (``banking77``), the built-in
-kinds of questions (``questions``), and instructions with free answers (``dolly``). Per task and number of rows: one
+Tasks: letters → phonemes (``g2p``; ``g2p-small`` and ``g2p-large`` with another size of student), running sums with long
+answers (``sums``), intents (``banking77``), the built-in kinds of questions (``questions``), and instructions with free
+answers (``dolly``). Per task and number of rows: one
 teacher, trained on all rows (``questions``: the one in the package); per seed a student from scratch, fine-tuned for
 ten epochs on the chosen rows; then SFT and every objective with every schedule from that start, for the same number of
 optimizer steps. An arm with ``xN`` has N times the steps, for comparisons at equal seconds; one with ``key=value`` has
@@ -80,6 +81,16 @@ def g2p(data: Path, work: Path, threads: int) -> Task:
     return replace(tasks.g2p(data / "g2p", work / "g2p", threads), steps=1240)
 
 
+def g2p_small(data: Path, work: Path, threads: int) -> Task:
+    """Return letters → phonemes with the same teacher and a student of 0.06 instead of 0.23 M parameters."""
+    return replace(g2p(data, work, threads), name="g2p-small", student=["--model", "random:2x48"])
+
+
+def g2p_large(data: Path, work: Path, threads: int) -> Task:
+    """Return letters → phonemes with the same teacher and a student of 0.9 instead of 0.23 M parameters."""
+    return replace(g2p(data, work, threads), name="g2p-large", student=["--model", "random:2x192"])
+
+
 def sums(data: Path, work: Path, threads: int) -> Task:
     """Return running sums with all rows: teacher of 0.79 M parameters, student of 0.10 M, answers of about 200 tokens."""
     source = work / "sums-rows"
@@ -111,7 +122,7 @@ def banking77(data: Path, work: Path, threads: int) -> Task:
 
 def questions(data: Path, work: Path, threads: int) -> Task:
     """Return the built-in kinds of questions, with their teacher of 0.79 M parameters and a student of 0.15 M."""
-    return replace(tasks.builtin(work / "questions", threads, steps=3000), name="questions")
+    return replace(tasks.builtin(work / "questions", threads, steps=3000), name="questions", passes=tuple(tasks.PASSES))
 
 
 def dolly(data: Path, work: Path, threads: int) -> Task:
@@ -122,10 +133,19 @@ def dolly(data: Path, work: Path, threads: int) -> Task:
         for name, split in (("dev", "valid"), ("valid", "test"), ("train", "train")):  # MiniLLM's names of the files
             (rows / f"{split}.jsonl").write_bytes((data / "dolly" / f"{name}.jsonl").read_bytes())
     base = tasks.dolly(work / "dolly", threads, steps=1240)
-    return replace(base, common=_with_data(base.common, rows), teacher_argv=_with_data(base.teacher_argv, rows))
+    common, teacher = _with_data(base.common, rows), _with_data(base.teacher_argv, rows)
+    return replace(base, common=common, teacher_argv=teacher, passes=tuple(tasks.PASSES))
 
 
-TASKS = {"g2p": g2p, "sums": sums, "banking77": banking77, "questions": questions, "dolly": dolly}
+TASKS = {
+    "g2p": g2p,
+    "g2p-small": g2p_small,
+    "g2p-large": g2p_large,
+    "sums": sums,
+    "banking77": banking77,
+    "questions": questions,
+    "dolly": dolly,
+}
 
 
 class Results:
@@ -380,7 +400,8 @@ def main() -> None:
 
 def run_arms(name: str, results: Results, args: argparse.Namespace) -> None:
     """Measure what is missing of a task."""
-    sources = {"g2p": args.data / "g2p", "banking77": args.data / "banking77", "questions": None}
+    sources = {name: args.data / "g2p" for name in TASKS if name.startswith("g2p")}
+    sources |= {"banking77": args.data / "banking77", "questions": None}
     sources |= {name: args.work.resolve() / f"{name}-rows" for name in ("sums", "dolly")}
     whole = TASKS[name](args.data.resolve(), args.work.resolve(), args.threads)
     whole = replace(whole, grid=tuple(args.grid)) if args.grid else whole

@@ -39,9 +39,11 @@ from distillm_cli.config.schedule import (
 )
 
 _MAX_PHI = 0.95  # some steps on rows remain, by which φ is measured
-_ENOUGH_NEW = (
-    0.25  # share of new outputs below which auto lowers φ: 0.37 to 0.49 where they pay, 0.02 where they do not (LOG.md)
-)
+# Of auto, from the map of regimes (LOG.md):
+_ENOUGH_NEW = 0.25  # share of new outputs below which φ falls: 0.37 to 0.49 where they pay, 0.02 where they do not
+_NEW_AFTER = 4  # batches of fresh outputs from which their share is known between validations too
+_MIN_PHI = 0.25  # a smaller share of student outputs gained nothing for its cost
+_MIN_EPOCHS = 2  # on rows, before φ rises: the loss of the first steps falls for other reasons than fitted rows
 
 
 class Source(StrEnum):
@@ -56,15 +58,17 @@ class Scheduler(ABC):
     """Draw the source of each step.
 
     config: the recipe's ``schedule`` section. steps: T. seed: of the draws. batches: rollout batches in a round.
+    epoch_steps: steps of one pass over the rows.
     """
 
     in_rounds: ClassVar[bool] = False  # rollouts are replayed in whole rounds, each in a new order
 
-    def __init__(self, config: ScheduleConfig, *, steps: int, seed: int, batches: int = 1):
+    def __init__(self, config: ScheduleConfig, *, steps: int, seed: int, batches: int = 1, epoch_steps: int = 1):
         self.config = config
         self.steps = steps
         self.seed = seed
         self.batches = batches
+        self.epoch_steps = epoch_steps
 
     @abstractmethod
     def draw(self, step: int, buffered: int) -> Source:
@@ -155,10 +159,13 @@ def register(kind: type[ScheduleConfig], trigger: str | None = None) -> Callable
     return add
 
 
-def build_scheduler(config: ScheduleConfig, *, steps: int, seed: int, batches: int = 1) -> Scheduler:
+def build_scheduler(
+    config: ScheduleConfig, *, steps: int, seed: int, batches: int = 1, epoch_steps: int = 1
+) -> Scheduler:
     """Return the schedule of a recipe's ``schedule`` section. The arguments are those of ``Scheduler``."""
     trigger = config.trigger if isinstance(config, AdaptiveConfig) else None
-    return _KINDS[type(config), trigger](config, steps=steps, seed=seed, batches=batches)
+    kind = _KINDS[type(config), trigger]
+    return kind(config, steps=steps, seed=seed, batches=batches, epoch_steps=epoch_steps)
 
 
 @register(OffConfig)
@@ -328,9 +335,11 @@ class AutoScheduler(PhiScheduler):
     its update. While rows are new to the student, r is 1. It falls as the student fits them, and with it what another step
     on them teaches. r̄ is its mean over the rest of the run if all steps used rows: r falls as e^(−k·steps), with k from the
     steps on rows so far. Student outputs are new sequences for the same prompts, so they are worth their cost if r̄ < 1/c.
+    φ is 0 before ``_MIN_EPOCHS`` passes over the rows.
 
     An output that equals its row's response is not new. If fewer than ``_ENOUGH_NEW`` of them are new since the last
-    validation with any, φ falls in proportion: few possible answers, such as the names of classes, are soon all repeated.
+    validation with any, φ falls in proportion, at once: few possible answers, such as the names of classes, are soon all
+    repeated. In the end, a φ below ``_MIN_PHI`` is 0.
     """
 
     config: AutoConfig
@@ -345,6 +354,11 @@ class AutoScheduler(PhiScheduler):
         self.recent_outputs = 0
         self.new_share = 1.0
 
+    @property
+    def phi(self) -> float:
+        phi = self._phi * min(self.new_share / _ENOUGH_NEW, 1.0)
+        return 0.0 if phi < _MIN_PHI else phi
+
     def record(self, source: Source, loss: float, repeats: float | None = None) -> None:
         self.steps_done += 1
         if source is Source.DATASET:
@@ -354,6 +368,8 @@ class AutoScheduler(PhiScheduler):
         if repeats is not None:
             self.recent_outputs += 1
             self.recent_repeats += repeats
+            if self.recent_outputs >= _NEW_AFTER:
+                self.new_share = 1 - self.recent_repeats / self.recent_outputs
 
     def observe(self, valid_loss: float, figures: Mapping[str, float | None]) -> None:
         held_out = figures.get(HELD_OUT_LOSS)
@@ -362,8 +378,9 @@ class AutoScheduler(PhiScheduler):
         if self.recent_outputs:
             self.new_share = 1 - self.recent_repeats / self.recent_outputs
         ratio = self.recent_losses / self.recent_steps / held_out
-        phi = min(max(1.0 - self.config.rollout_cost * self._mean_ratio(ratio), 0.0), _MAX_PHI)
-        self._phi = phi * min(self.new_share / _ENOUGH_NEW, 1.0)
+        phi = min(1.0 - self.config.rollout_cost * self._mean_ratio(ratio), _MAX_PHI)
+        is_early = self.row_steps < _MIN_EPOCHS * self.epoch_steps
+        self._phi = 0.0 if is_early else max(phi, 0.0)
         self.recent_losses = 0.0
         self.recent_steps = 0
         self.recent_repeats = 0.0

@@ -52,8 +52,10 @@ _TEACHER_SEED = 1 << 32  # added to the seed, since equal random numbers would m
 
 def new_scheduler(run: Prepared) -> Scheduler:
     """Return the run's schedule in its initial state."""
-    recipe = run.recipe
-    return build_scheduler(recipe.schedule, steps=run.steps, seed=recipe.train.seed, batches=recipe.rollout.bulk)
+    recipe, epoch_steps = run.recipe, run.order.steps_per_epoch
+    return build_scheduler(
+        recipe.schedule, steps=run.steps, seed=recipe.train.seed, batches=recipe.rollout.bulk, epoch_steps=epoch_steps
+    )
 
 
 def build_trainer(

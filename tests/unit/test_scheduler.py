@@ -18,8 +18,8 @@ def sources(scheduler, buffered=FULL):
     return Counter(scheduler.draw(step, buffered) for step in range(scheduler.steps))
 
 
-def make(steps=20_000, seed=3, **config):
-    return build_scheduler(ScheduleConfig(**config), steps=steps, seed=seed)
+def make(steps=20_000, seed=3, epoch_steps=1, **config):
+    return build_scheduler(ScheduleConfig(**config), steps=steps, seed=seed, epoch_steps=epoch_steps)
 
 
 def test_kinds_that_buffer_own_outputs_match_their_classes():
@@ -169,15 +169,57 @@ def test_auto_waits_if_few_steps_remain():
     assert long.phi > 0.7
 
 
+def test_auto_waits_for_two_passes_over_the_rows():
+    few, many = (make(kind="auto", rollout_cost=2.0, steps=1000, epoch_steps=steps) for steps in (50, 51))
+    for scheduler in (few, many):
+        for _ in range(100):
+            scheduler.record(Source.DATASET, 0.3)
+        scheduler.observe(1.0, {HELD_OUT_LOSS: 1.0})
+    assert few.phi > 0.7
+    assert many.phi == 0
+    for _ in range(2):
+        many.record(Source.DATASET, 0.3)
+    many.observe(1.0, {HELD_OUT_LOSS: 1.0})
+    assert many.phi > 0.7
+
+
+@pytest.mark.parametrize(("ratio", "phi"), [(0.374, 0.252), (0.376, 0.0)])
+def test_auto_has_no_phi_below_a_quarter(ratio, phi):
+    """Check φ = 1 − 2·r, since no steps remain, on both sides of the smallest φ."""
+    scheduler = make(kind="auto", rollout_cost=2.0, steps=100)
+    for _ in range(100):
+        scheduler.record(Source.DATASET, ratio)
+    scheduler.observe(1.0, {HELD_OUT_LOSS: 1.0})
+    assert scheduler.phi == pytest.approx(phi)
+
+
+def test_auto_lowers_phi_at_once_if_student_outputs_repeat_the_rows():
+    scheduler = make(kind="auto", rollout_cost=2.0, steps=1000)
+    for _ in range(2):
+        scheduler.record(Source.DATASET, 0.1)
+    scheduler.observe(1.0, {HELD_OUT_LOSS: 1.0})
+    before = scheduler.phi
+    for _ in range(3):
+        scheduler.record(Source.ROLLOUT, 9.0, 0.95)
+    assert scheduler.phi == before > 0.9, "three batches say too little"
+    scheduler.record(Source.ROLLOUT, 9.0, 0.95)
+    assert scheduler.phi == 0, "0.19 is less than a quarter"
+    other = make(kind="auto", rollout_cost=2.0, steps=1000)
+    other.load_state_dict(scheduler.state_dict())
+    for one in (scheduler, other):
+        one.record(Source.ROLLOUT, 9.0, 0.7)
+    assert scheduler.phi == other.phi == pytest.approx(before * 0.1 / 0.25)
+
+
 def test_auto_lowers_phi_if_student_outputs_repeat_the_rows():
     plain, repeating = (make(kind="auto", rollout_cost=2.0, steps=1000) for _ in range(2))
-    for scheduler, shares in ((plain, (0.7, 0.5)), (repeating, (0.9, 1.0))):
+    for scheduler, shares in ((plain, (0.7, 0.5)), (repeating, (0.8, 1.0))):
         for repeats in shares:
             scheduler.record(Source.DATASET, 0.1)
             scheduler.record(Source.ROLLOUT, 9.0, repeats)
         scheduler.observe(1.0, {HELD_OUT_LOSS: 1.0})
     assert plain.phi > 0.9, "0.4 of the outputs are new, which is enough"
-    assert repeating.phi == pytest.approx(plain.phi * 0.05 / 0.25)
+    assert repeating.phi == pytest.approx(plain.phi * 0.1 / 0.25)
     before = repeating.phi
     repeating.record(Source.DATASET, 0.1)
     repeating.observe(1.0, {HELD_OUT_LOSS: 1.0})
