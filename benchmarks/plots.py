@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from regimes import SFT, Arm, cost, gains, half_width, is_on_rows, metrics, reference
 
 from distillm_cli import plugins
 
@@ -12,6 +15,7 @@ COLORS = {"T=1": "#d1495b", "T=0.5": "#edae49", "greedy": "#00798c"}
 INK, GRID = "#333333", "#dddddd"
 
 Figures = dict[str, tuple[Any, dict, dict]]  # part → its bench, its runs, their test figures
+Regimes = dict[int, dict[str, list[dict]]]  # number of rows → arm → its runs by seed
 
 
 def draw(figures: Figures, place: Path) -> None:
@@ -160,21 +164,36 @@ def _alpha(pyplot, lines: dict):
     return figure
 
 
-def draw_regimes(task: str, regimes: dict[int, dict[str, list[dict]]], place: Path) -> None:
+def draw_regimes(task: str, regimes: Regimes, place: Path) -> None:
     """Plot where student outputs pay, from the runs of ``regimes.py`` by number of rows and arm.
 
-    The first plot shows the gain over the best arm on rows of at least the same cost against the number of rows, with 95 %
-    intervals; the second has a panel per number of rows with the first metric against the cost, where a line connects an
-    arm's numbers of steps.
+    With several numbers of rows: the gain over the best arm on rows of at least the same cost against the number of rows,
+    with 95 % intervals, of the arms that are measured with more than one of them. A panel per number of rows with the first
+    metric against the cost, where a line connects an arm's numbers of steps. Where three divergences are measured: all
+    divergences and schedules.
     """
-    from regimes import cost, gains, half_width, is_on_rows, metrics, reference
-
     pyplot, keep = _svg(place)
+    shared = regimes
+    if len(regimes) > 1:
+        counts = Counter(name for arms in regimes.values() for name in {_short(arm) for arm in arms})
+        shared = {
+            rows: {arm: runs for arm, runs in arms.items() if counts[_short(arm)] > 1} for rows, arms in regimes.items()
+        }
+    names = list(dict.fromkeys(_short(arm) for arms in shared.values() for arm in arms))
+    colors = dict(zip(names, pyplot.cm.tab10.colors, strict=False))  # the same in both plots
+    if len(regimes) > 1:
+        keep(_gain_by_rows(pyplot, shared, colors), f"regimes-{task}-gain")
+    keep(_quality_by_cost(pyplot, shared, colors), f"regimes-{task}-cost")
+    for rows, arms in regimes.items():
+        if len({Arm.parse(arm).divergence for arm in arms} - {SFT}) >= 3:
+            keep(_divergences(pyplot, arms), f"regimes-{task}-{rows}-divergences")
+
+
+def _gain_by_rows(pyplot, regimes: Regimes, colors: dict[str, Any]):
+    """Return the plot of the gain over the best arm on rows, with a panel per decoding setting."""
     every = [runs for arms in regimes.values() for runs in arms.values()]
     metric, passes = metrics(every[0])[0], list(every[0][0]["test"])
     arms = [arm for arm in dict.fromkeys(a for by_arm in regimes.values() for a in by_arm) if not is_on_rows(arm)]
-    names = list(dict.fromkeys(_short(arm) for by_arm in regimes.values() for arm in by_arm))
-    colors = dict(zip(names, pyplot.cm.tab10.colors, strict=False))  # the same in both plots
     figure, axes = pyplot.subplots(1, len(passes), figsize=(8, 3.2), sharey=True)
     for panel, name in zip(axes, passes, strict=True):
         for arm in arms:
@@ -197,8 +216,12 @@ def draw_regimes(task: str, regimes: dict[int, dict[str, list[dict]]], place: Pa
         _bare(panel)
     axes[0].set_ylabel(f"gain in {metric.replace('_', ' ')}, points")
     axes[-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    keep(figure, f"regimes-{task}-gain")
+    return figure
 
+
+def _quality_by_cost(pyplot, regimes: Regimes, colors: dict[str, Any]):
+    """Return the plot of the first metric against the cost, with a panel per number of rows."""
+    metric = metrics(next(runs for arms in regimes.values() for runs in arms.values()))[0]
     across = min(len(regimes), 3)
     down = -(-len(regimes) // across)
     figure, axes = pyplot.subplots(down, across, figsize=(3 * across, 2.6 * down), squeeze=False)
@@ -206,10 +229,10 @@ def draw_regimes(task: str, regimes: dict[int, dict[str, list[dict]]], place: Pa
     for panel in axes.flat[len(regimes) :]:
         panel.set_visible(False)
     for panel, (rows, by_arm) in zip(axes.flat, sorted(regimes.items()), strict=False):
-        for name in names:
+        for name, color in colors.items():
             of_name = sorted((cost(runs), runs) for arm, runs in by_arm.items() if _short(arm) == name)
             values = [statistics.mean(run["test"]["greedy"][metric] for run in runs) for _, runs in of_name]
-            panel.plot([spent for spent, _ in of_name], values, "o-", color=colors[name], markersize=5, label=name)
+            panel.plot([spent for spent, _ in of_name], values, "o-", color=color, markersize=5, label=name)
         panel.margins(x=0.15, y=0.15)
         panel.set_title(f"{rows:,} rows")
         _bare(panel)
@@ -218,7 +241,34 @@ def draw_regimes(task: str, regimes: dict[int, dict[str, list[dict]]], place: Pa
     for panel in axes[:, 0]:
         panel.set_ylabel(f"{metric.replace('_', ' ')}, greedy")
     axes[0][-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    keep(figure, f"regimes-{task}-cost")
+    return figure
+
+
+def _divergences(pyplot, arms: dict[str, list[dict]]):
+    """Return the plot of all divergences and schedules with one number of rows: colors and marks."""
+    plain = {arm: runs for arm, runs in arms.items() if not Arm.parse(arm).settings}
+    divergences = list(dict.fromkeys(Arm.parse(arm).divergence for arm in plain))
+    schedules = list(dict.fromkeys(Arm.parse(arm).schedule for arm in plain))
+    colors = dict(zip(divergences, pyplot.cm.tab10.colors, strict=False))
+    marks = dict(zip(schedules, "osD^vP*X<>", strict=False))
+    metric = metrics(next(iter(plain.values())))[0]
+    passes = [name for name in next(iter(plain.values()))[0]["test"] if name != "T=0.5"]
+    figure, axes = pyplot.subplots(1, len(passes), figsize=(8, 3.4))
+    for panel, name in zip(axes, passes, strict=True):
+        for arm, runs in plain.items():
+            parts = Arm.parse(arm)
+            value = statistics.mean(run["test"][name][metric] for run in runs)
+            panel.plot(
+                cost(runs), value, marks[parts.schedule], color=colors[parts.divergence], markersize=6, alpha=0.85
+            )
+        panel.set_title(name)
+        panel.set_xlabel("cost, steps on rows")
+        _bare(panel)
+    axes[0].set_ylabel(metric.replace("_", " "))
+    named = [axes[-1].plot([], [], "o", color=color, label=name)[0] for name, color in colors.items()]
+    named += [axes[-1].plot([], [], mark, color=INK, label=name)[0] for name, mark in marks.items()]
+    axes[-1].legend(handles=named, frameon=False, loc="upper left", bbox_to_anchor=(1, 1.05))
+    return figure
 
 
 def _short(arm: str) -> str:
