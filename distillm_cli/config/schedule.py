@@ -49,7 +49,7 @@ class ScheduleConfig(Section):
     ``ScheduleConfig(kind="mixed", mix=0.3)`` returns the member of that kind. trains_on: description of the sequences.
     uses_rows: they include data set rows with their own responses. uses_student_outputs, uses_teacher_samples: they
     include sequences that the models generate. drafts: the student drafts and the teacher corrects. has_phi: student outputs
-    are used with probability φ, which changes at validations.
+    are used with probability φ, which changes during the run.
     """
 
     trains_on: ClassVar[str]

@@ -76,7 +76,7 @@ class Scheduler(ABC):
 
     @property
     def has_phi(self) -> bool:
-        """Return whether the probability of student outputs is φ, which changes at validations."""
+        """Return whether the probability of student outputs is φ, which changes during the run."""
         return self.config.has_phi
 
     @property
@@ -255,7 +255,7 @@ class AnnealedScheduler(DrawingScheduler):
 
 
 class PhiScheduler(DrawingScheduler):
-    """Train on student outputs with probability φ, which changes at validations."""
+    """Train on student outputs with probability φ, which changes during the run."""
 
     config: AdaptiveConfig | AutoConfig
 
