@@ -43,7 +43,7 @@ _MAX_PHI = 0.95  # some steps on rows remain, by which φ is measured
 _ENOUGH_NEW = 0.25  # share of new outputs below which φ falls: 0.37 to 0.49 where they pay, 0.02 where they do not
 _NEW_AFTER = 4  # batches of fresh outputs from which their share is known between validations too
 _MIN_PHI = 0.25  # a smaller share of student outputs gained nothing for its cost
-_MIN_EPOCHS = 2  # on rows, before φ rises: the loss of the first steps falls for other reasons than fitted rows
+_MIN_EPOCHS = 1  # on rows, before φ rises: until then the loss falls for other reasons than fitted rows
 
 
 class Source(StrEnum):
@@ -335,7 +335,7 @@ class AutoScheduler(PhiScheduler):
     its update. While rows are new to the student, r is 1. It falls as the student fits them, and with it what another step
     on them teaches. r̄ is its mean over the rest of the run if all steps used rows: r falls as e^(−k·steps), with k from the
     steps on rows so far. Student outputs are new sequences for the same prompts, so they are worth their cost if r̄ < 1/c.
-    φ is 0 before ``_MIN_EPOCHS`` passes over the rows.
+    φ is 0 in the first ``_MIN_EPOCHS`` passes over the rows.
 
     An output that equals its row's response is not new. If fewer than ``_ENOUGH_NEW`` of them are new since the last
     validation with any, φ falls in proportion, at once: few possible answers, such as the names of classes, are soon all
